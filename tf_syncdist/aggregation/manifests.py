@@ -1,0 +1,46 @@
+"""Do all workers train the same variables? Pure."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+
+class Variable(NamedTuple):
+    """Name, dtype and shape of one variable."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.dtype}, shape {list(self.shape)})"
+
+
+def first_difference(manifests: Mapping[int, Sequence[Variable]]) -> str:
+    """Names the first variable in which a worker differs from worker 0.
+
+    Args:
+        manifests: For every worker, the variables that it is about to train, in its order.
+
+    Returns:
+        A sentence, or an empty string if all agree.
+    """
+    reference = manifests[0]
+    for worker in sorted(manifests):
+        variables = manifests[worker]
+        for index, (expected, received) in enumerate(zip(reference, variables, strict=False)):
+            if expected != received:
+                return (
+                    "Expected every worker to train the same variables. Received: variable "
+                    f"{index} is {expected} on worker 0 and {received} on worker {worker}. "
+                    "Build the same model and use the same optimizer on every worker."
+                )
+        if len(variables) != len(reference):
+            longer, more = (0, reference) if len(reference) > len(variables) else (worker, variables)
+            extra = more[min(len(reference), len(variables))]
+            return (
+                "Expected every worker to train the same variables. Received: "
+                f"{len(reference)} variable(s) on worker 0 and {len(variables)} on worker "
+                f"{worker}; the first that differs is {extra}, which only worker {longer} has. "
+                "Build the same model and use the same optimizer on every worker."
+            )
+    return ""

@@ -1,0 +1,137 @@
+"""Who gets whose variables: the start of a job, new models, and workers that fell too far behind."""
+
+import itertools
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from tf_syncdist.aggregation import manifests
+from tf_syncdist.aggregation.rounds import RoundError
+
+
+class _Request(NamedTuple):
+    receiver: int
+    giver: int
+
+
+class _Start:
+    def __init__(self) -> None:
+        self.manifests: dict[int, list[manifests.Variable]] = {}
+        self.chunks: list[bytes] = []
+        self.agreed = False
+
+
+class States:
+    """Relays variables between workers. Knows nothing of sockets: it returns what to send to whom.
+
+    Args:
+        num_workers: How many workers the job has.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._starts: dict[int, _Start] = {}
+        self._requests: dict[int, _Request] = {}
+        self._ids = itertools.count(1)
+        self._expected = set(range(num_workers))
+
+    def manifest(
+        self, worker: int, run: int, variables: list[manifests.Variable]
+    ) -> tuple[str | None, list[bytes]]:
+        """Takes note of what a worker is about to train.
+
+        Args:
+            worker: Index of the worker.
+            run: The run before which the variables are synchronised.
+            variables: The variables.
+
+        Returns:
+            The verdict for everybody (`None` while workers are missing, an empty string if all
+            agree, else an error) and the chunks of worker 0 that are to be sent to the others.
+        """
+        self._starts.setdefault(run, _Start()).manifests[worker] = variables
+        return self._verdict(run)
+
+    def waiting_for(self) -> dict[int, list[int]]:
+        """Returns, for every run whose variables wait for manifests, the workers that are missing."""
+        return {
+            run: sorted(self._expected - set(start.manifests))
+            for run, start in self._starts.items()
+            if not start.agreed
+        }
+
+    def start_chunk(self, worker: int, run: int, message: bytes) -> bool:
+        """Takes a piece of worker 0's variables and returns whether to send it to the others now."""
+        if worker != 0:
+            raise RoundError(
+                "Expected the variables before a run from worker 0. "
+                f"Received: worker={worker}, run={run}."
+            )
+        start = self._starts.setdefault(run, _Start())
+        if not start.agreed:
+            start.chunks.append(message)
+        return start.agreed
+
+    def leave(self, worker: int) -> list[tuple[int, str, list[bytes]]]:
+        """Stops waiting for a worker; returns (run, verdict, chunks) where that decides."""
+        self._expected.discard(worker)
+        verdicts = []
+        for run in list(self._starts):
+            verdict, chunks = self._verdict(run)
+            if verdict is not None:
+                verdicts.append((run, verdict, chunks))
+        return verdicts
+
+    def _verdict(self, run: int) -> tuple[str | None, list[bytes]]:
+        start = self._starts[run]
+        if start.agreed or not self._expected <= set(start.manifests) or 0 not in start.manifests:
+            return None, []
+        start.agreed = True
+        chunks, start.chunks = start.chunks, []
+        return manifests.first_difference(start.manifests), chunks
+
+    # Workers that fell too far behind.
+
+    def request(
+        self, receiver: int, givers: Collection[int], position: Callable[[int], int]
+    ) -> tuple[int, int] | None:
+        """Chooses who gives its state to a worker.
+
+        Args:
+            receiver: The worker that needs a state.
+            givers: Workers that can be asked.
+            position: Tells the run that a worker is in.
+
+        Returns:
+            The number of the request and the giver, or `None` if nobody is further.
+        """
+        able = [w for w in givers if w != receiver and position(w) > position(receiver)]
+        if not able:
+            return None
+        giver = max(able, key=lambda w: (position(w), -w))
+        request = next(self._ids)
+        self._requests[request] = _Request(receiver, giver)
+        return request, giver
+
+    def chunk(self, worker: int, request: int, last: bool) -> int | None:
+        """Returns who receives a piece of a state, or `None` if the request was given up.
+
+        Raises:
+            RoundError: If the worker was not asked for it.
+        """
+        known = self._requests.get(request)
+        if known is None:
+            return None
+        if known.giver != worker:
+            raise RoundError(
+                f"Expected the state for request {request} from worker {known.giver}, which was "
+                f"asked. Received: worker={worker}."
+            )
+        if last:
+            del self._requests[request]
+        return known.receiver
+
+    def drop(self, worker: int) -> list[int]:
+        """Forgets a worker whose stream is gone; returns receivers that need another giver."""
+        orphans = [r.receiver for r in self._requests.values() if r.giver == worker]
+        self._requests = {i: r for i, r in self._requests.items() if worker not in r}
+        return [w for w in orphans if w != worker]

@@ -1,0 +1,60 @@
+"""`python -m tf_syncdist.aggregator`: the aggregation service as a process."""
+
+import os
+import signal
+import sys
+import threading
+
+from absl import app, flags
+
+from tf_syncdist.aggregation.server import AggregatorServer
+
+_PORT = flags.DEFINE_integer("port", 0, "Port to listen on; 0 picks a free one and prints it.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
+_INSECURE = flags.DEFINE_bool(
+    "insecure", False, "Allow an address beyond loopback without TLS, on a network you trust."
+)
+_START_SECONDS = flags.DEFINE_float(
+    "max_seconds", 30 * 24 * 3600.0, "Give up serving after this long, in seconds."
+)
+_PARENT_FD = flags.DEFINE_integer(
+    "parent_fd", -1, "File descriptor of a pipe; its end of file means that the parent is gone."
+)
+_QUIET = flags.DEFINE_bool("quiet", False, "Do not print who joins and leaves.")
+
+
+def _say(text: str) -> None:
+    print(f"tf_syncdist aggregator: {text}", flush=True)
+
+
+def main(argv: list[str]) -> None:
+    if len(argv) > 1:
+        raise app.UsageError(f"Expected flags only. Received: {argv[1:]}.")
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        server = AggregatorServer(
+            _HOST.value, _PORT.value, _INSECURE.value, (lambda _: None) if _QUIET.value else _say
+        )
+    except (ValueError, OSError) as e:
+        sys.exit(f"tf_syncdist aggregator: {e}")
+    with server:
+        print(f"tf_syncdist aggregator listening on {_HOST.value}:{server.port}", flush=True)
+        if _PARENT_FD.value >= 0:
+            threading.Thread(target=_watch, args=(_PARENT_FD.value, stop), daemon=True).start()
+        waited = 0.0
+        while not stop.is_set() and waited < _START_SECONDS.value:
+            if server.wait(0.2):
+                break
+            waited += 0.2
+
+
+def _watch(fd: int, stop: threading.Event) -> None:
+    while os.read(fd, 1):
+        pass
+    stop.set()
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,1 @@
+"""Who plays which role, and processes on this machine."""

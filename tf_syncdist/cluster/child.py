@@ -1,0 +1,121 @@
+"""The aggregation service as a process: a child of worker 0, or in place of a `ps` task."""
+
+import os
+import pathlib
+import select
+import subprocess
+import sys
+import time
+
+from tf_syncdist.cluster.addresses import is_loopback
+from tf_syncdist.errors import AggregatorUnreachableError, ClusterConfigError
+
+_ANY = "0.0.0.0"
+
+
+def command(address: str, insecure: bool) -> list[str]:
+    """Returns the command that serves at an address of the cluster.
+
+    Args:
+        address: "host:port" as the cluster names it.
+        insecure: Whether an address beyond loopback may be served without TLS.
+
+    Raises:
+        ClusterConfigError: If the address is beyond loopback and `insecure` is not set.
+    """
+    host, _, port = address.rpartition(":")
+    host = host.strip("[]")
+    args = [sys.executable, "-m", "tf_syncdist.aggregator", f"--port={port}"]
+    if is_loopback(host):
+        return [*args, f"--host={'127.0.0.1' if host == 'localhost' else host}"]
+    if not insecure:
+        raise ClusterConfigError(
+            "Expected the aggregation service at a loopback address, because without TLS anybody "
+            f"who reaches the port could take part in the job. Received: {address!r}. Pass "
+            "`insecure=True` on a network that you trust."
+        )
+    # A cluster's name for a machine (a Kubernetes service, say) need not be an interface of it.
+    return [*args, f"--host={_ANY}", "--insecure"]
+
+
+def environment() -> dict[str, str]:
+    """Returns the environment in which `python -m tf_syncdist...` finds this very package."""
+    env = dict(os.environ)
+    root = str(pathlib.Path(__file__).resolve().parents[2])
+    paths = [root, *env.get("PYTHONPATH", "").split(os.pathsep)]
+    env["PYTHONPATH"] = os.pathsep.join(p for p in dict.fromkeys(paths) if p)
+    return env
+
+
+def become_aggregator(address: str, insecure: bool) -> None:
+    """Replaces this process, with TensorFlow and all, by the service. Does not return."""
+    args = command(address, insecure)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(args[0], args, environment())
+
+
+class ChildAggregator:
+    """The service as a child of this process; it ends when this process does, however that ends.
+
+    Args:
+        address: "host:port" to serve at.
+        insecure: See `command`.
+        timeout_seconds: How long to wait until it serves.
+
+    Raises:
+        AggregatorUnreachableError: If it does not serve in time.
+    """
+
+    def __init__(self, address: str, insecure: bool, timeout_seconds: float = 30.0) -> None:
+        args = command(address, insecure)
+        # The pipe's end of file tells the child that its parent is gone, even by SIGKILL.
+        read_end, self._lifeline = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                [*args, f"--parent_fd={read_end}", "--quiet"],
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                pass_fds=[read_end],
+                start_new_session=True,
+            )
+        finally:
+            os.close(read_end)
+        line = self._first_line(time.monotonic() + timeout_seconds)
+        if b"listening" not in line:
+            self.close()
+            raise AggregatorUnreachableError(
+                f"Expected the aggregation service to start at {address} within "
+                f"{timeout_seconds:g} s. Received: exit code {self._process.returncode}. Is the "
+                "port in use, or left over from another job?"
+            )
+
+    def close(self, timeout_seconds: float = 5.0) -> None:
+        """Ends the service. May be called twice."""
+        if self._lifeline < 0:
+            return
+        os.close(self._lifeline)
+        self._lifeline = -1
+        try:
+            self._process.wait(timeout_seconds)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait(timeout_seconds)
+        self._process.stdout.close()
+
+    def __enter__(self) -> "ChildAggregator":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _first_line(self, deadline: float) -> bytes:
+        line, fd = b"", self._process.stdout.fileno()
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))
+            piece = os.read(fd, 1024) if ready else b""
+            if not piece:
+                break
+            line += piece
+        return line

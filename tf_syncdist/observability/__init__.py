@@ -1,0 +1,1 @@
+"""Reports: what happened to every worker, in plain lines."""

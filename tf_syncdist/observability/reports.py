@@ -1,0 +1,57 @@
+"""The report of a job: for every worker, how often it was in time."""
+
+import statistics
+from typing import NamedTuple
+
+
+class WorkerReport(NamedTuple):
+    """Counts of one worker.
+
+    Args:
+        worker: Index of the worker.
+        contributed: Rounds whose every slice has its values.
+        late: Rounds for which it computed, and at least one slice was closed without it.
+        partly_used: Late rounds that have its values in some slices.
+        replayed: Rounds whose result it applied without computing (missed ones included).
+        missed: Rounds that it skipped by taking over another worker's state.
+        mean_delay_seconds: Mean delay of its arrival behind the first worker's, over the rounds
+            for which it computed.
+    """
+
+    worker: int
+    contributed: int
+    late: int
+    partly_used: int
+    replayed: int
+    missed: int
+    mean_delay_seconds: float
+
+
+class Report(NamedTuple):
+    """Counts of a job.
+
+    Args:
+        rounds: Rounds that are over.
+        workers: One entry per worker, in order.
+    """
+
+    rounds: int
+    workers: tuple[WorkerReport, ...]
+
+    def __str__(self) -> str:
+        if not self.workers:
+            return f"{self.rounds} rounds by a single worker"
+        lines = [f"{self.rounds} rounds with {len(self.workers)} workers"]
+        median = statistics.median(w.mean_delay_seconds for w in self.workers)
+        for w in self.workers:
+            behind = (w.mean_delay_seconds - median) * 1000
+            if w.late or w.replayed:
+                missed = w.late + w.replayed
+                line = f"worker {w.worker} was late in {missed} of {self.rounds} rounds"
+                if w.replayed:
+                    line += f" ({w.replayed} of them replayed without computing)"
+            else:
+                line = f"worker {w.worker} was in time in all {self.rounds} rounds"
+            where = "behind" if behind >= 0 else "ahead of"
+            lines.append(f"{line}, {abs(behind):.0f} ms {where} the median")
+        return "\n".join(lines)

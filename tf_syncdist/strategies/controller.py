@@ -1,0 +1,300 @@
+"""The training runs of one worker as they are executed: which run, which part, what became of it."""
+
+import enum
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from tf_syncdist.errors import SyncDistError
+from tf_syncdist.propagation.slices import Plan, TensorSpec, plan
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.transport.session import Session, State
+
+
+class Mode(enum.IntEnum):
+    """What a run does; the graph branches on it."""
+
+    COMPUTE = 0
+    REPLAY = 1
+    SKIP = 2
+
+
+class LocalReport(NamedTuple):
+    """One worker's own counts.
+
+    Args:
+        worker: Index of the worker.
+        num_workers: How many workers the job has.
+        rounds: Rounds that this worker has taken part in, one way or another:
+            contributed + late + replayed.
+        contributed: Rounds whose every slice has its values.
+        late: Rounds for which it computed, and at least one slice was closed without it.
+        replayed: Rounds whose result it applied without computing.
+        missed: Rounds among the replayed ones that it skipped by taking over another worker's
+            state.
+        wall_seconds: Time from the end of its first run to the end of its last.
+    """
+
+    worker: int
+    num_workers: int
+    rounds: int
+    contributed: int
+    late: int
+    replayed: int
+    missed: int
+    wall_seconds: float
+
+
+class RunSite(Protocol):
+    """One place in a program where training runs happen (one trace of a replica function)."""
+
+    replayable: bool
+    outputs: list[np.ndarray] | None
+
+
+class StateStore(Protocol):
+    """Where the variables are that workers hold alike."""
+
+    def unsynchronised(self, site: RunSite) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Returns the specs of a site's variables that are not yet common to all workers."""
+        ...
+
+    def read_new(self) -> list[np.ndarray]:
+        """Returns the values of what `unsynchronised` returned last."""
+        ...
+
+    def assign_new(self, values: Sequence[np.ndarray]) -> None:
+        """Writes the values of what `unsynchronised` returned last."""
+        ...
+
+    def commit(self) -> None:
+        """Takes note that what `unsynchronised` returned last is now common."""
+        ...
+
+    def specs(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Returns the specs of all common variables."""
+        ...
+
+    def read(self) -> list[np.ndarray]:
+        """Returns the values of all common variables."""
+        ...
+
+    def assign(self, values: Sequence[np.ndarray]) -> None:
+        """Writes the values of all common variables."""
+        ...
+
+
+class RunController:
+    """Takes a worker through its runs. TensorFlow's graph calls it; it knows no TensorFlow.
+
+    Args:
+        session: The connection to the service.
+        store: The common variables.
+        slice_bytes: Upper bound for the payload of a message, in bytes.
+        on_begin: Called at the start of every training run.
+        on_notice: Called with a line for the user.
+        clock: Returns the time in seconds; monotonic.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        store: StateStore,
+        slice_bytes: int,
+        on_begin: Callable[[], None],
+        on_notice: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.run = 0
+        self.error: BaseException | None = None
+        self._session = session
+        self._store = store
+        self._slice_bytes = slice_bytes
+        self._on_begin = on_begin
+        self._on_notice = on_notice
+        self._clock = clock
+        self._plans: dict[tuple[TensorSpec, ...], Plan] = {}
+        self._fates = dict.fromkeys((pb.CONTRIBUTED, pb.LATE, pb.REPLAYED, pb.MISSED), 0)
+        self._mode = Mode.COMPUTE
+        self._substitute = False
+        self._late = False
+        self._exchange = 0
+        self._in_run = False
+        self._over = False
+        self._resume_at = 0
+        self._first_end: float | None = None
+        self._last_end = 0.0
+
+    # Called by the graph, in this order.
+
+    def begin(self, site: RunSite) -> Mode:
+        """Begins a run and decides what it does."""
+        with _recorded(self):
+            self._on_begin()
+            self._exchange = 0
+            self._substitute = self._late = False
+            self.answer_state_requests()
+            self._mode = self._decide(site)
+            self._in_run = True
+            return self._mode
+
+    def exchange(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Gives this worker's values for the next exchange of the run and returns the result."""
+        with _recorded(self):
+            number, self._exchange = self._exchange, self._exchange + 1
+            way = self._plan(arrays)
+            computes = self._mode is Mode.COMPUTE and not self._substitute
+            if computes:
+                if self._late or self._session.exchanges_of(self.run) is not None:
+                    if not self._late:
+                        self._session.send_late(self.run)
+                    self._late = True
+                else:
+                    self._session.send(self.run, number, way, arrays)
+            return self._receive(number, way, arrays, computes)
+
+    def stored(self, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
+        """Returns the stored result of the next exchange of a run that is replayed."""
+        with _recorded(self):
+            number, self._exchange = self._exchange, self._exchange + 1
+            likes = [np.empty(s.shape, s.dtype) for s in specs]
+            return self._receive(number, self._plan(likes), likes, False)
+
+    def finish(self, site: RunSite, outputs: Sequence[np.ndarray] | None) -> None:
+        """Ends a run. `outputs` are kept for later replays of the site."""
+        with _recorded(self):
+            self._in_run = False
+            if self._over:
+                return
+            if self._mode is Mode.COMPUTE:
+                site.outputs = None if outputs is None else [np.array(o) for o in outputs]
+                fate = pb.REPLAYED if self._substitute else pb.CONTRIBUTED
+                fate = pb.LATE if self._late else fate
+            elif self._mode is Mode.REPLAY:
+                fate = pb.REPLAYED
+            else:
+                fate = pb.MISSED
+                self._exchange = self._session.wait_over(self.run)
+            self._session.finish(self.run, self._exchange, fate)
+            self._fates[fate] += self._exchange > 0
+            self.run += 1
+            self._last_end = self._clock()
+            if self._first_end is None:
+                self._first_end = self._last_end
+
+    # Called from outside of runs.
+
+    @property
+    def in_run(self) -> bool:
+        """Whether a run has begun and not ended."""
+        return self._in_run
+
+    def report(self) -> LocalReport:
+        """Returns this worker's counts."""
+        fates = self._fates
+        return LocalReport(
+            worker=self._session.config.worker,
+            num_workers=self._session.config.num_workers,
+            rounds=sum(fates.values()),
+            contributed=fates[pb.CONTRIBUTED],
+            late=fates[pb.LATE],
+            replayed=fates[pb.REPLAYED] + fates[pb.MISSED],
+            missed=fates[pb.MISSED],
+            wall_seconds=self._last_end - self._first_end if self._first_end else 0.0,
+        )
+
+    def answer_state_requests(self) -> None:
+        """Gives this worker's variables to workers that fell too far behind. Not within a run."""
+        for request in self._session.take_state_requests():
+            self._session.give_state(request, self.run, self._store.read())
+
+    # How.
+
+    def _decide(self, site: RunSite) -> Mode:
+        over = self._session.job_over_at()
+        if over is not None and self.run >= over[0]:
+            if not self._over:
+                self._over = True
+                self._on_notice(
+                    f"worker {over[1]}'s program ended after {over[0]} run(s), and the job with "
+                    "it; further training runs do nothing"
+                )
+            return Mode.SKIP
+        self._synchronise(site)
+        if self.run < self._resume_at:
+            return Mode.SKIP
+        if self._session.exchanges_of(self.run) is None:
+            return Mode.COMPUTE
+        if self._session.results_gone(self.run):
+            self._refresh()
+            if self.run < self._resume_at:
+                return Mode.SKIP
+            return Mode.COMPUTE
+        if site.outputs is None:
+            return Mode.COMPUTE
+        if not site.replayable:
+            self._substitute = True
+            return Mode.COMPUTE
+        return Mode.REPLAY
+
+    def _synchronise(self, site: RunSite) -> None:
+        """Takes over worker 0's values of variables that this site trains for the first time."""
+        specs = self._store.unsynchronised(site)
+        if not specs:
+            return
+        self._session.agree(self.run, specs)
+        if self._session.config.worker == 0:
+            self._session.give_state(0, self.run, self._store.read_new())
+        else:
+            self._store.assign_new(self._session.receive_state(specs).values)
+        self._store.commit()
+
+    def _refresh(self) -> None:
+        """Takes over the state of an up-to-date worker."""
+        self._session.request_state(self.run)
+        state: State = self._session.receive_state(self._store.specs())
+        self._store.assign(state.values)
+        self._resume_at = state.run
+        self._on_notice(
+            f"worker {self._session.config.worker} was too far behind in round {self.run}: it has "
+            f"taken over the state of round {state.run} and skips the rounds between"
+        )
+
+    def _plan(self, arrays: Sequence[np.ndarray]) -> Plan:
+        specs = tuple(TensorSpec(a.dtype.name, a.shape) for a in arrays)
+        if specs not in self._plans:
+            shards = len(self._session.config.addresses)
+            self._plans[specs] = plan(specs, self._slice_bytes, shards)
+        return self._plans[specs]
+
+    def _receive(
+        self, number: int, way: Plan, likes: Sequence[np.ndarray], computes: bool
+    ) -> list[np.ndarray]:
+        results = [np.empty(a.shape, a.dtype) for a in likes]
+        found = self._session.receive(self.run, number, way, results)
+        if found is None:
+            raise SyncDistError(
+                f"The results of round {self.run} are no longer kept, although worker "
+                f"{self._session.config.worker} was in it. Please report this."
+            )
+        used, total = found
+        if computes and used < total:
+            self._late = True
+        return results
+
+
+class _recorded:
+    """Remembers an error that TensorFlow would otherwise bury in one of its own."""
+
+    def __init__(self, controller: RunController) -> None:
+        self._controller = controller
+
+    def __enter__(self) -> None:
+        if self._controller.error is not None:
+            raise self._controller.error
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if error is not None and self._controller.error is None:
+            self._controller.error = error

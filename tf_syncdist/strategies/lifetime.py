@@ -1,0 +1,124 @@
+"""How a worker's part in a job begins and ends."""
+
+import atexit
+import logging
+import sys
+
+from tf_syncdist.cluster.child import ChildAggregator, become_aggregator
+from tf_syncdist.cluster.roles import ClusterRole
+from tf_syncdist.observability.reports import Report, WorkerReport
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.strategies.controller import RunController
+from tf_syncdist.transport.session import Session, SessionConfig
+
+# How long a worker that is done stays for those that are behind it (rule 9 of docs/semantics.md).
+_STAY_SECONDS = 60.0
+
+_log = logging.getLogger("tf_syncdist")
+
+
+def say(text: str) -> None:
+    """Prints a line for the user on stderr."""
+    print(f"tf_syncdist: {text}", file=sys.stderr, flush=True)
+
+
+class Membership:
+    """Connects a worker to its job, starting the service where that is this worker's duty.
+
+    Args:
+        role: What this process is.
+        cutoff: The cutoff policy, serialized.
+        insecure: Whether the service may listen beyond loopback without TLS.
+        print_report: Whether worker 0 prints the job's report at the end.
+        connect_timeout_seconds: How long to wait for the service.
+        timeout_seconds: How long to wait for other workers.
+        history_rounds: Results are kept for at least this many rounds.
+        history_bytes: And for more, while they need at most this many bytes.
+    """
+
+    def __init__(
+        self,
+        role: ClusterRole,
+        cutoff: str,
+        insecure: bool,
+        print_report: bool,
+        connect_timeout_seconds: float,
+        timeout_seconds: float,
+        history_rounds: int,
+        history_bytes: int,
+    ) -> None:
+        if role.is_aggregator:
+            become_aggregator(role.address, insecure)
+        self.role = role
+        self.failed = False
+        self._print_report = print_report and role.task_index == 0
+        self._controller: RunController | None = None
+        self._closed = False
+        self._child: ChildAggregator | None = None
+        if not role.aggregators and role.task_index == 0:
+            self._child = ChildAggregator(role.address, insecure, connect_timeout_seconds)
+        config = SessionConfig(
+            addresses=role.service_addresses,
+            worker=role.task_index,
+            num_workers=role.num_workers,
+            cutoff=cutoff,
+            history_rounds=history_rounds,
+            history_bytes=history_bytes,
+            connect_timeout_seconds=connect_timeout_seconds,
+            timeout_seconds=timeout_seconds,
+        )
+        try:
+            self.session = Session(config, say)
+        except BaseException:
+            if self._child is not None:
+                self._child.close()
+            raise
+        atexit.register(self.close)
+
+    def attach(self, controller: RunController) -> None:
+        """Names the controller whose runs this membership is about."""
+        self._controller = controller
+
+    def report(self) -> Report:
+        """Returns the counts of the job so far."""
+        reply = self.session.report()
+        return Report(
+            reply.rounds,
+            tuple(
+                WorkerReport(
+                    w.worker,
+                    w.contributed,
+                    w.late,
+                    w.partly_used,
+                    w.replayed,
+                    w.missed,
+                    w.mean_delay_seconds,
+                )
+                for w in reply.workers
+            ),
+        )
+
+    def close(self) -> None:
+        """Says goodbye, stays for workers that are behind, and reports. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.close)
+        try:
+            controller = self._controller
+            failed = self.failed or controller is None or controller.error is not None
+            failed = failed or getattr(sys, "last_value", None) is not None
+            run = controller.run if controller is not None else 0
+            self.session.goodbye(pb.FAILED if failed else pb.FINISHED, run)
+            if not failed:
+                gone = self.session.wait_all_gone(_STAY_SECONDS, controller.answer_state_requests)
+                if not gone and not self.session.has_failed:
+                    say(f"some workers were not done {_STAY_SECONDS:g} s after this one")
+                if self._print_report and run:
+                    print(self.report(), flush=True)
+        except Exception as e:  # noqa: BLE001 - the program is over; this must not hide its result
+            _log.debug("while leaving the job: %s", e)
+        finally:
+            self.session.close()
+            if self._child is not None:
+                self._child.close()

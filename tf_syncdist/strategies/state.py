@@ -1,0 +1,63 @@
+"""The variables that workers hold alike: which are common already, and which a site adds."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from tf_syncdist.strategies import variables as vars_lib
+from tf_syncdist.strategies.sites import Site
+from tf_syncdist.strategies.variables import Spec, VariableRegistry
+
+
+class CommonState:
+    """Implements the controller's `StateStore` for TensorFlow variables.
+
+    Args:
+        registry: All variables made under the strategy's scope.
+    """
+
+    def __init__(self, registry: VariableRegistry) -> None:
+        self._registry = registry
+        self._common: list[tf.Variable] = []
+        self._names: dict[int, str] = {}
+        self._new: list[tf.Variable] = []
+        self._seen: set[int] = set()
+
+    def unsynchronised(self, site: Site) -> list[Spec]:
+        if id(site) in self._seen:
+            return []
+        self._seen.add(id(site))
+        owned = []
+        for optimizer, _ in site.updates:
+            for variable in (*optimizer.variables, *optimizer._trainable_variables):
+                # Keras' names of its own, such as "sequential/dense/kernel".
+                self._names[id(variable.value)] = variable.path
+            owned += [v.value for v in optimizer.variables]
+        candidates = (
+            self._registry.alive()
+            if site.variables is None
+            else self._registry.containers(site.variables)
+        )
+        known = {id(v) for v in self._common}
+        self._new = [v for v in vars_lib.synchronised(candidates, owned) if id(v) not in known]
+        return vars_lib.specs(self._new, self._names)
+
+    def read_new(self) -> list[np.ndarray]:
+        return vars_lib.read(self._new)
+
+    def assign_new(self, values: Sequence[np.ndarray]) -> None:
+        vars_lib.assign(self._new, values)
+
+    def commit(self) -> None:
+        self._common += self._new
+        self._new = []
+
+    def specs(self) -> list[Spec]:
+        return vars_lib.specs(self._common, self._names)
+
+    def read(self) -> list[np.ndarray]:
+        return vars_lib.read(self._common)
+
+    def assign(self, values: Sequence[np.ndarray]) -> None:
+        vars_lib.assign(self._common, values)

@@ -1,0 +1,358 @@
+"""Synchronous SGD with backup workers, as a tf.distribute strategy."""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+from tf_syncdist.cluster import roles
+from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync, serialize
+from tf_syncdist.errors import ClusterConfigError
+from tf_syncdist.observability.reports import Report
+from tf_syncdist.strategies import adapter, inputs, keras_calls
+from tf_syncdist.strategies.controller import LocalReport, RunController
+from tf_syncdist.strategies.lifetime import Membership, say
+from tf_syncdist.strategies.metrics import EpochMetrics
+from tf_syncdist.strategies.sites import Runs
+from tf_syncdist.strategies.state import CommonState
+from tf_syncdist.strategies.variables import VariableRegistry
+
+
+class SyncReplicasStrategy(tf.distribute.Strategy):
+    """Trains on several workers and does not wait for the slowest ones.
+
+    N + b workers compute gradients for the same variables; the first N contributions of a round
+    make the update, which is their mean; late ones are counted and dropped. A worker that finds
+    its round over applies the stored result instead of computing. All workers hold identical
+    variables after every round they have done.
+
+    The batch size given to `model.fit` is the batch size of an update: each contribution is
+    computed from 1 / N of a batch. `evaluate`, `predict`, `save` and everything else outside of
+    training runs is local to a worker; any one of them may do it alone.
+
+    Args:
+        backup_workers: b, the number of contributions that a round does without, 0 (the default)
+            to workers - 1. Raise it if the report shows that workers are late in turn; with 0,
+            every round waits for every worker.
+        cluster_resolver: A `tf.distribute.cluster_resolver.ClusterResolver`. By default roles and
+            addresses come from TF_CONFIG; without it there is one worker and no service. A `ps`
+            task serves until the job ends: this call does not return there.
+        cutoff: A policy of `tf_syncdist.cutoff`, in place of `backup_workers`.
+        insecure: Whether the service may listen beyond loopback without TLS, on a network that
+            you trust. Default: `False`.
+        slice_bytes: How many bytes of gradients travel as one message. Default: 1 MiB.
+        history_rounds: Results are kept for at least this many rounds for workers that are
+            behind. Default: 4.
+        history_bytes: And for more rounds, while they need at most this many bytes. Default:
+            512 MiB. Raise it if the report shows missed rounds.
+        connect_timeout_seconds: How long to wait for the service to answer. Default: 30.
+        timeout_seconds: How long to wait for other workers, at the start and in each round.
+            Default: 600. Raise it if one step can take longer.
+        print_report: Whether worker 0 prints the report when the program ends. Default: `True`.
+
+    Raises:
+        ValueError: If the arguments contradict each other or the cluster.
+        AggregatorUnreachableError: If the service does not answer in time.
+
+    Example:
+
+    >>> import keras
+    >>> strategy = SyncReplicasStrategy(backup_workers=0)
+    >>> with strategy.scope():
+    ...     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    ...     model.compile("sgd", "mse")
+
+    References:
+        Chen, Pan, Monga, Bengio, Jozefowicz: Revisiting Distributed Synchronous SGD,
+        arXiv 1604.00981, section on Sync-Opt with backup workers.
+    """
+
+    # MirroredExtended reads it from its strategy.
+    _collective_key_base = 0
+
+    def __init__(
+        self,
+        backup_workers: int | None = None,
+        cluster_resolver: tf.distribute.cluster_resolver.ClusterResolver | None = None,
+        *,
+        cutoff: CutoffPolicy | None = None,
+        insecure: bool = False,
+        slice_bytes: int = 2**20,
+        history_rounds: int = 4,
+        history_bytes: int = 512 * 2**20,
+        connect_timeout_seconds: float = 30.0,
+        timeout_seconds: float = 600.0,
+        print_report: bool = True,
+    ) -> None:
+        policy = _policy(backup_workers, cutoff)
+        if slice_bytes < 1:
+            raise ValueError(
+                f"`slice_bytes` must be at least 1. Received: slice_bytes={slice_bytes}."
+            )
+        role = roles.resolve(cluster_resolver)
+        self._aggregate = policy.replicas_to_aggregate(role.num_workers)
+        self._role = role
+        self._cluster_resolver_given = cluster_resolver
+        self._member: Membership | None = None
+        if role.workers and (role.is_aggregator or role.num_workers > 1):
+            self._member = Membership(
+                role,
+                serialize(policy),
+                insecure,
+                print_report,
+                connect_timeout_seconds,
+                timeout_seconds,
+                history_rounds,
+                history_bytes,
+            )
+        devices = adapter.local_devices()
+        if self._member is not None and len(devices) > 1:
+            raise ClusterConfigError(
+                "Expected one device per worker in a job of several workers. "
+                f"Received: {len(devices)} devices {devices}. Start one worker per device, each "
+                "with its own CUDA_VISIBLE_DEVICES."
+            )
+        self._registry = VariableRegistry()
+        self._runs = Runs(
+            self,
+            self._aggregate * len(devices),
+            self._is_local,
+            self._registry.add,
+            self._on_trained,
+        )
+        self._lifted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        first_replica = role.task_index * len(devices)
+        super().__init__(adapter.WorkerExtended(self, devices, first_replica, self._runs))
+        keras_calls.install()
+        if self._member is not None:
+            self._start(slice_bytes)
+
+    def _start(self, slice_bytes: int) -> None:
+        session = self._member.session
+        self._metrics = EpochMetrics(session, lambda: self._runs.controller.run)
+        self._runs.controller = RunController(
+            session, CommonState(self._registry), slice_bytes, self._metrics.on_begin, say
+        )
+        self._member.attach(self._runs.controller)
+        if not adapter.global_seed_is_set():
+            # Workers divide a dataset by position, so they must shuffle it alike.
+            tf.random.set_seed(session.job_seed)
+
+    def _on_trained(self, captured: list[tf.Variable]) -> None:
+        used = self._registry.containers(captured)
+        self._metrics.add([v for v in used if adapter.is_sync_on_read(v)])
+
+    # Who and how many.
+
+    @property
+    def num_replicas_in_sync(self) -> int:
+        """N x devices: over how many replicas the loss of an update is averaged."""
+        return self._aggregate * len(self.extended.worker_devices)
+
+    @property
+    def num_workers(self) -> int:
+        """N + b: how many workers the job has."""
+        return self._role.num_workers
+
+    @property
+    def worker_index(self) -> int:
+        """Index of this worker."""
+        return self._role.task_index
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this is worker 0, the one that should write files."""
+        return self._role.task_index == 0
+
+    @property
+    def cluster_resolver(self) -> tf.distribute.cluster_resolver.ClusterResolver | None:
+        """The cluster resolver that was given."""
+        return self._cluster_resolver_given
+
+    def report(self) -> Report:
+        """Returns the counts of the job so far; printed, it is a few plain lines.
+
+        Returns:
+            A `tf_syncdist.observability.reports.Report`.
+        """
+        if self._member is None:
+            return Report(0, ())
+        return self._member.report()
+
+    def local_report(self) -> LocalReport:
+        """Returns this worker's own counts, without asking anybody."""
+        if self._member is None:
+            return LocalReport(0, 1, 0, 0, 0, 0, 0, 0.0)
+        return self._runs.controller.report()
+
+    def close(self) -> None:
+        """Leaves the job; done by itself when the program ends. May be called twice."""
+        if self._member is not None:
+            self._member.close()
+
+    # Runs.
+
+    def run(
+        self, fn: Callable, args: tuple = (), kwargs: dict | None = None, options: Any = None
+    ) -> Any:
+        """Invokes `fn` on each replica; if it exchanges gradients, it is a training run.
+
+        Args:
+            fn: The function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            options: Ignored, as by other strategies.
+
+        Returns:
+            What `fn` returns; on a worker that skips the round, what it returned last.
+        """
+        kwargs = kwargs or {}
+        if self._member is None or self._runs.site is not None or self._is_local():
+            return super().run(fn, args, kwargs, options)
+        if adapter.is_tf_function(fn):
+            return self._lift(fn)(*args, **kwargs)
+        converted = adapter.convert(fn)
+        once = functools.partial(super().run, converted, args, kwargs, options)
+        if not tf.executing_eagerly():
+            return self._runs.run_in_graph(once)
+        call = keras_calls.current()
+        training = call is not None and call.method == "fit"
+        return self._runs.run_eagerly(_identity(fn), once, training)
+
+    def _lift(self, fn: Callable) -> Callable:
+        """Puts the run inside of a tf.function that was given as replica function."""
+        lifted = self._lifted.get(fn)
+        if lifted is None:
+            python_function = fn.python_function
+
+            def run(*args: Any, **kwargs: Any) -> Any:
+                return self.run(python_function, args, kwargs)
+
+            lifted = self._lifted[fn] = adapter.with_python_function(fn, run)
+        return lifted
+
+    # Input.
+
+    def experimental_distribute_dataset(
+        self, dataset: tf.data.Dataset, options: tf.distribute.InputOptions | None = None
+    ) -> Any:
+        """Returns this worker's share of a dataset whose batches are those of an update.
+
+        Every worker must see the dataset in the same order: give `shuffle` a seed, or leave
+        TensorFlow's global seed alone. Within Keras' evaluate and predict the whole dataset is
+        read. In a custom loop, do not distribute a dataset that is evaluated by one worker.
+
+        Args:
+            dataset: The dataset.
+            options: See `tf.distribute.InputOptions`.
+
+        Raises:
+            ValueError: If the batch size is not divisible by N.
+        """
+        call = keras_calls.current()
+        if self._member is not None and (call is None or call.takes_training_input):
+            dataset = inputs.divide(
+                dataset,
+                call.batch_size if call is not None else None,
+                self._aggregate,
+                self.worker_index,
+                self.num_workers,
+            )
+        return super().experimental_distribute_dataset(dataset, options)
+
+    def distribute_datasets_from_function(
+        self,
+        dataset_fn: Callable[[tf.distribute.InputContext], tf.data.Dataset],
+        options: tf.distribute.InputOptions | None = None,
+    ) -> Any:
+        """Returns the dataset that `dataset_fn` makes for this worker.
+
+        Args:
+            dataset_fn: Called with a `tf.distribute.InputContext` that tells the truth: the
+                number of input pipelines is that of all workers, backup workers included, and
+                `get_per_replica_batch_size` divides by N x devices.
+            options: See `tf.distribute.InputOptions`.
+        """
+        context = tf.distribute.InputContext(
+            self.num_workers, self.worker_index, self.num_replicas_in_sync
+        )
+        return self.extended.distribute_from_function(dataset_fn, context, options)
+
+    # Values.
+
+    def reduce(self, reduce_op: Any, value: Any, axis: int | None = None) -> Any:
+        """Combines a value over this worker's replicas; nothing travels.
+
+        A metric variable is combined over all workers, once per epoch (see docs/semantics.md).
+
+        Args:
+            reduce_op: "SUM" or "MEAN".
+            value: A value or a nest of values.
+            axis: Axis to reduce along, or `None` to reduce over replicas only.
+        """
+        if isinstance(value, dict | list | tuple):
+            return tf.nest.map_structure(lambda v: self.reduce(reduce_op, v, axis), value)
+        if self._member is not None and axis is None and adapter.is_sync_on_read(value):
+            if tf.executing_eagerly():
+                found = self._metrics.read(value, may_exchange=not self._is_local())
+                if found is not None:
+                    return found
+        return super().reduce(reduce_op, value, axis)
+
+    # Keras.
+
+    def _is_local(self) -> bool:
+        call = keras_calls.current()
+        return call is not None and call.method != "fit"
+
+    @contextlib.contextmanager
+    def _keras_call(self, model: Any, method: str, args: tuple, kwargs: dict) -> Iterator[None]:
+        if method == "fit" and self._member is not None:
+            _check_model(model)
+        quiet = self._member is not None and not self.is_chief
+        with keras_calls.calling(method, args, kwargs, quiet) as call:
+            if self._member is None:
+                yield
+                return
+            if method == "fit" and call.batch_size is not None:
+                inputs.check_divisible(call.batch_size, self._aggregate)
+            if method != "fit":
+                self._metrics.forget_sums()
+            try:
+                yield
+            except BaseException as e:
+                self._member.failed = method == "fit"
+                cause = self._runs.controller.error
+                if cause is not None and isinstance(e, tf.errors.OpError):
+                    raise cause from None
+                raise
+            self._member.failed = False
+
+
+def _policy(backup_workers: int | None, cutoff: CutoffPolicy | None) -> CutoffPolicy:
+    if cutoff is not None and backup_workers is not None:
+        raise ValueError(
+            "Expected `backup_workers` or `cutoff`, because backup_workers=b is short for "
+            f"cutoff=BackupWorkers(b). Received: backup_workers={backup_workers} and "
+            f"cutoff={cutoff}. Leave one of them out."
+        )
+    if cutoff is not None:
+        return cutoff
+    return BackupWorkers(backup_workers) if backup_workers is not None else FullSync()
+
+
+def _check_model(model: Any) -> None:
+    if getattr(model, "jit_compile", None) is True:
+        raise ValueError(
+            "Expected `jit_compile` to be False or 'auto', because gradients leave a compiled "
+            "step through Python, which XLA cannot do. Received: jit_compile=True. Compile the "
+            "model with `model.compile(..., jit_compile=False)`."
+        )
+
+
+def _identity(fn: Callable) -> object:
+    owner = getattr(fn, "__self__", None)
+    return (id(owner), getattr(fn, "__func__", fn))

@@ -1,0 +1,1 @@
+"""How workers and the aggregation service talk: wire format, streams, and the worker's session."""

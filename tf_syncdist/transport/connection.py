@@ -1,0 +1,140 @@
+"""One worker's stream to one shard."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+
+import grpc
+
+from tf_syncdist.errors import AggregatorUnreachableError, ServiceError
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.transport import wire
+
+OnMessage = Callable[[pb.ToWorker, memoryview], None]
+
+
+class Connection:
+    """Sends messages in order and hands over what comes back.
+
+    Args:
+        address: "host:port" of the shard.
+        hello: The first message.
+        on_message: Called on the stream's own thread with every message that is not `Welcome`.
+        on_error: Called once, on that thread, if the stream ends otherwise than by `close`.
+        timeout_seconds: How long to wait for the service.
+
+    Raises:
+        AggregatorUnreachableError: If nothing answers in time.
+        ServiceError: If the service refuses the worker.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        hello: pb.Hello,
+        on_message: OnMessage,
+        on_error: Callable[[ServiceError], None],
+        timeout_seconds: float = 30.0,
+    ) -> None:
+        self.address = address
+        self._on_message = on_message
+        self._on_error = on_error
+        self._closed = False
+        self._welcomed = threading.Event()
+        self._failure: ServiceError | None = None
+        self.welcome: pb.Welcome | None = None
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._channel = grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+        try:
+            grpc.channel_ready_future(self._channel).result(timeout_seconds)
+        except grpc.FutureTimeoutError:
+            self._channel.close()
+            raise AggregatorUnreachableError(
+                f"Expected an aggregation service at {address} within {timeout_seconds:g} s. "
+                "Received: no answer. Check that the `ps` task (or worker 0, where the cluster has "
+                "no `ps`) runs, that TF_CONFIG names this address on every task, and that no "
+                "firewall stands between."
+            ) from None
+        self.send(wire.encode(pb.ToAggregator(hello=hello)))
+        train = self._channel.stream_stream(wire.TRAIN)
+        self._call = train(self._messages())
+        self._reader = threading.Thread(
+            target=self._read, name=f"tf_syncdist_{address}", daemon=True
+        )
+        self._reader.start()
+        if not self._welcomed.wait(timeout_seconds):
+            self._failure = AggregatorUnreachableError(
+                f"Expected a welcome from the aggregation service at {address} within "
+                f"{timeout_seconds:g} s. Received: nothing. Is it another kind of server?"
+            )
+        if self._failure is not None:
+            self.close()
+            raise self._failure
+
+    def send(self, message: bytes) -> None:
+        """Queues a message; never blocks."""
+        self._outgoing.put(message)
+
+    def report(self, timeout_seconds: float = 10.0) -> pb.ReportReply:
+        """Asks for the job's counters."""
+        call = self._channel.unary_unary(
+            wire.REPORT, pb.ReportRequest.SerializeToString, pb.ReportReply.FromString
+        )
+        try:
+            return call(pb.ReportRequest(), timeout=timeout_seconds)
+        except grpc.RpcError as e:
+            raise _service_error(self.address, e) from None
+
+    def close(self, flush_seconds: float = 2.0) -> None:
+        """Ends the stream after what is queued has been sent. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self._outgoing.put(None)
+        if threading.current_thread() is not self._reader:
+            self._reader.join(flush_seconds)
+        self._call.cancel()
+        self._channel.close()
+
+    def _messages(self) -> Iterator[bytes]:
+        while True:
+            try:
+                message = self._outgoing.get(timeout=60.0)
+            except queue.Empty:
+                continue
+            if message is None:
+                return
+            yield message
+
+    def _read(self) -> None:
+        try:
+            for data in self._call:
+                header, payload = wire.decode(pb.ToWorker, data)
+                if self.welcome is None:
+                    self.welcome = header.welcome
+                    self._welcomed.set()
+                else:
+                    self._on_message(header, payload)
+            error = ServiceError(
+                f"Expected the aggregation service at {self.address} to stay until the end of the "
+                "job. Received: the end of its stream."
+            )
+        except grpc.RpcError as e:
+            error = _service_error(self.address, e)
+        except Exception as e:  # noqa: BLE001 - this thread's errors belong to the training thread
+            error = ServiceError(f"{type(e).__name__} while reading from {self.address}: {e}")
+        self._failure = error
+        self._welcomed.set()
+        if not self._closed and self.welcome is not None:
+            self._on_error(error)
+
+
+def _service_error(address: str, error: grpc.RpcError) -> ServiceError:
+    code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
+    details = error.details() if hasattr(error, "details") else str(error)
+    if code == grpc.StatusCode.UNAVAILABLE:
+        return ServiceError(
+            f"The aggregation service at {address} went away ({details}). Without a `ps` task it "
+            "lives and dies with worker 0; look at that task's log."
+        )
+    return ServiceError(f"The aggregation service at {address} refused: {code.name}: {details}")
