@@ -275,7 +275,8 @@ class Job:
     def _on_goodbye(self, worker: int, message: pb.Goodbye, *_: object) -> None:
         reason = pb.Leave.Name(message.reason).lower()
         self._on_event(f"worker {worker} left after {message.run} run(s): {reason}")
-        if message.reason == pb.FINISHED:
+        # A program that ends before its first run says nothing about how long the job is.
+        if message.reason == pb.FINISHED and message.run:
             self._over_at = min(message.run, self._over_at or message.run)
             over = pb.JobOver(run=self._over_at, worker=worker)
             self._tell_all(pb.ToWorker(job_over=over))
@@ -353,9 +354,7 @@ class Job:
             )
         request, giver = found
         self._on_event(f"worker {giver} gives its state to worker {receiver}")
-        self._streams[giver].put(
-            wire.encode(pb.ToWorker(give_state=pb.GiveState(request=request)))
-        )
+        self._streams[giver].put(wire.encode(pb.ToWorker(give_state=pb.GiveState(request=request))))
 
     def _say_who_is_missing(self, now: float) -> None:
         waits = {}

@@ -35,7 +35,9 @@ def first_difference(manifests: Mapping[int, Sequence[Variable]]) -> str:
                     "Build the same model and use the same optimizer on every worker."
                 )
         if len(variables) != len(reference):
-            longer, more = (0, reference) if len(reference) > len(variables) else (worker, variables)
+            longer, more = (
+                (0, reference) if len(reference) > len(variables) else (worker, variables)
+            )
             extra = more[min(len(reference), len(variables))]
             return (
                 "Expected every worker to train the same variables. Received: "

@@ -53,7 +53,7 @@ class Closed(NamedTuple):
 
 
 class Receipt(NamedTuple):
-    """The answer to a contribution. If `verdict` is ADD, add the values before acting on `closed`."""
+    """The answer to a contribution: on ADD, add the values before acting on `closed`."""
 
     verdict: Verdict
     closed: tuple[Closed, ...]
@@ -402,4 +402,3 @@ class Rounds:
 
 
 _ITEM_BYTES = {"float32": 4, "float64": 8, "int32": 4, "int64": 8}
-

@@ -138,4 +138,3 @@ class AggregatorServer:
         else:
             outbox.close()
             self.job.lost(worker, "its connection was closed")
-

@@ -1,4 +1,4 @@
-"""Who gets whose variables: the start of a job, new models, and workers that fell too far behind."""
+"""Who gets whose variables: at the start, for new models, and workers that fell behind."""
 
 import itertools
 from collections.abc import Callable, Collection
@@ -52,7 +52,7 @@ class States:
         return self._verdict(run)
 
     def waiting_for(self) -> dict[int, list[int]]:
-        """Returns, for every run whose variables wait for manifests, the workers that are missing."""
+        """Returns, for every run that waits for manifests, the workers that are missing."""
         return {
             run: sorted(self._expected - set(start.manifests))
             for run, start in self._starts.items()
@@ -60,7 +60,7 @@ class States:
         }
 
     def start_chunk(self, worker: int, run: int, message: bytes) -> bool:
-        """Takes a piece of worker 0's variables and returns whether to send it to the others now."""
+        """Takes a piece of worker 0's variables; returns whether to send it on now."""
         if worker != 0:
             raise RoundError(
                 "Expected the variables before a run from worker 0. "

@@ -6,8 +6,10 @@ import select
 import subprocess
 import sys
 import time
+from typing import NoReturn
 
 from tf_syncdist.cluster.addresses import is_loopback
+from tf_syncdist.cluster.roles import ClusterRole
 from tf_syncdist.errors import AggregatorUnreachableError, ClusterConfigError
 
 _ANY = "0.0.0.0"
@@ -47,9 +49,12 @@ def environment() -> dict[str, str]:
     return env
 
 
-def become_aggregator(address: str, insecure: bool) -> None:
+def become_aggregator(role: ClusterRole, insecure: bool) -> NoReturn:
     """Replaces this process, with TensorFlow and all, by the service. Does not return."""
-    args = command(address, insecure)
+    if role.num_workers == 1:
+        print("tf_syncdist: a single worker needs no aggregation service", flush=True)
+        sys.exit(0)
+    args = command(role.address, insecure)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(args[0], args, environment())

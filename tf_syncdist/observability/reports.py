@@ -52,6 +52,7 @@ class Report(NamedTuple):
                     line += f" ({w.replayed} of them replayed without computing)"
             else:
                 line = f"worker {w.worker} was in time in all {self.rounds} rounds"
-            where = "behind" if behind >= 0 else "ahead of"
-            lines.append(f"{line}, {abs(behind):.0f} ms {where} the median")
+            where = "behind" if behind > 0 else "ahead of"
+            delay = "at" if abs(behind) < 0.5 else f"{abs(behind):.0f} ms {where}"
+            lines.append(f"{line}, {delay} the median")
         return "\n".join(lines)

@@ -30,7 +30,7 @@ _UPDATE = "_distributed_tf_update_step"
 
 
 class Hooks:
-    """What a strategy is asked while replica functions are traced. The defaults are for one worker."""
+    """What a strategy is asked while functions are traced. The defaults are for one worker."""
 
     def all_reduce(self, reduce_op: tf.distribute.ReduceOp, values: list) -> list:
         """Reduces one worker's values over all workers."""

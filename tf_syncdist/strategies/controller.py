@@ -1,4 +1,4 @@
-"""The training runs of one worker as they are executed: which run, which part, what became of it."""
+"""The training runs of one worker as they are executed, and what became of each."""
 
 import enum
 import time
@@ -51,6 +51,7 @@ class RunSite(Protocol):
     """One place in a program where training runs happen (one trace of a replica function)."""
 
     replayable: bool
+    synchronised: bool
     outputs: list[np.ndarray] | None
 
 
@@ -241,7 +242,10 @@ class RunController:
 
     def _synchronise(self, site: RunSite) -> None:
         """Takes over worker 0's values of variables that this site trains for the first time."""
+        if site.synchronised:
+            return
         specs = self._store.unsynchronised(site)
+        site.synchronised = True
         if not specs:
             return
         self._session.agree(self.run, specs)

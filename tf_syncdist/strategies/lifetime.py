@@ -2,16 +2,20 @@
 
 import atexit
 import logging
+import signal
 import sys
 
-from tf_syncdist.cluster.child import ChildAggregator, become_aggregator
+from tf_syncdist.cluster.child import ChildAggregator
+from tf_syncdist.cluster.interrupts import InterruptWatcher
 from tf_syncdist.cluster.roles import ClusterRole
+from tf_syncdist.errors import SyncDistError
 from tf_syncdist.observability.reports import Report, WorkerReport
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies.controller import RunController
 from tf_syncdist.transport.session import Session, SessionConfig
 
 # How long a worker that is done stays for those that are behind it (rule 9 of docs/semantics.md).
+# Worker 0 stays longer where the service is its child, since the others cannot do without it.
 _STAY_SECONDS = 60.0
 
 _log = logging.getLogger("tf_syncdist")
@@ -47,8 +51,6 @@ class Membership:
         history_rounds: int,
         history_bytes: int,
     ) -> None:
-        if role.is_aggregator:
-            become_aggregator(role.address, insecure)
         self.role = role
         self.failed = False
         self._print_report = print_report and role.task_index == 0
@@ -73,11 +75,15 @@ class Membership:
             if self._child is not None:
                 self._child.close()
             raise
+        self._interrupts = InterruptWatcher(self._interrupted)
         atexit.register(self.close)
 
     def attach(self, controller: RunController) -> None:
         """Names the controller whose runs this membership is about."""
         self._controller = controller
+
+    def _interrupted(self, number: signal.Signals) -> None:
+        self.session.cancel(SyncDistError(f"The training step was interrupted by {number.name}."))
 
     def report(self) -> Report:
         """Returns the counts of the job so far."""
@@ -111,14 +117,18 @@ class Membership:
             run = controller.run if controller is not None else 0
             self.session.goodbye(pb.FAILED if failed else pb.FINISHED, run)
             if not failed:
-                gone = self.session.wait_all_gone(_STAY_SECONDS, controller.answer_state_requests)
+                seconds = _STAY_SECONDS
+                if self._child is not None:
+                    seconds = max(seconds, self.session.config.timeout_seconds)
+                gone = self.session.wait_all_gone(seconds, controller.answer_state_requests)
                 if not gone and not self.session.has_failed:
-                    say(f"some workers were not done {_STAY_SECONDS:g} s after this one")
+                    say(f"some workers were not done {seconds:g} s after this one")
                 if self._print_report and run:
                     print(self.report(), flush=True)
         except Exception as e:  # noqa: BLE001 - the program is over; this must not hide its result
             _log.debug("while leaving the job: %s", e)
         finally:
+            self._interrupts.close()
             self.session.close()
             if self._child is not None:
                 self._child.close()

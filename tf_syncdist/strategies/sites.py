@@ -39,6 +39,7 @@ class Site:
         self.eager_outputs: Any = None
         self.outputs: list[np.ndarray] | None = None
         self.replayable = False
+        self.synchronised = False
         self.variables: list[tf.Variable] | None = None
         self.reset()
 
@@ -125,10 +126,10 @@ class Runs(adapter.Hooks):
             return result
 
         def kept() -> Any:
-            values = tf.numpy_function(
-                lambda: _kept_outputs(site, tensors), [], [t.dtype for t in tensors]
-            )
-            values = list(values) if isinstance(values, list | tuple) else [values]
+            values = []
+            if tensors:
+                dtypes = [t.dtype for t in tensors]
+                values = tf.numpy_function(lambda: _kept_outputs(site, tensors), [], dtypes)
             for value, like in zip(values, tensors, strict=True):
                 value.set_shape(like.shape)
             remaining = iter(values)
@@ -307,6 +308,4 @@ def _kept_outputs(site: Site, likes: Sequence[tf.Tensor]) -> list[np.ndarray]:
     if site.outputs is not None:
         return site.outputs
     # Only a run that is skipped before any other has no outputs to return.
-    return [
-        np.zeros([d or 0 for d in t.shape.as_list()], t.dtype.as_numpy_dtype) for t in likes
-    ]
+    return [np.zeros([d or 0 for d in t.shape.as_list()], t.dtype.as_numpy_dtype) for t in likes]

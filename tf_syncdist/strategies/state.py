@@ -22,12 +22,8 @@ class CommonState:
         self._common: list[tf.Variable] = []
         self._names: dict[int, str] = {}
         self._new: list[tf.Variable] = []
-        self._seen: set[int] = set()
 
     def unsynchronised(self, site: Site) -> list[Spec]:
-        if id(site) in self._seen:
-            return []
-        self._seen.add(id(site))
         owned = []
         for optimizer, _ in site.updates:
             for variable in (*optimizer.variables, *optimizer._trainable_variables):

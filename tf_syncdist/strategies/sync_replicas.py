@@ -9,6 +9,7 @@ from typing import Any
 import tensorflow as tf
 
 from tf_syncdist.cluster import roles
+from tf_syncdist.cluster.child import become_aggregator
 from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync, serialize
 from tf_syncdist.errors import ClusterConfigError
 from tf_syncdist.observability.reports import Report
@@ -97,7 +98,16 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         self._role = role
         self._cluster_resolver_given = cluster_resolver
         self._member: Membership | None = None
-        if role.workers and (role.is_aggregator or role.num_workers > 1):
+        if role.is_aggregator:
+            become_aggregator(role, insecure)
+        devices = adapter.local_devices()
+        if role.num_workers > 1 and len(devices) > 1:
+            raise ClusterConfigError(
+                "Expected one device per worker in a job of several workers. "
+                f"Received: {len(devices)} devices {devices}. Start one worker per device, each "
+                "with its own CUDA_VISIBLE_DEVICES."
+            )
+        if role.num_workers > 1:
             self._member = Membership(
                 role,
                 serialize(policy),
@@ -107,13 +117,6 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
                 timeout_seconds,
                 history_rounds,
                 history_bytes,
-            )
-        devices = adapter.local_devices()
-        if self._member is not None and len(devices) > 1:
-            raise ClusterConfigError(
-                "Expected one device per worker in a job of several workers. "
-                f"Received: {len(devices)} devices {devices}. Start one worker per device, each "
-                "with its own CUDA_VISIBLE_DEVICES."
             )
         self._registry = VariableRegistry()
         self._runs = Runs(

@@ -327,9 +327,7 @@ class Session:
                 lambda: any(i.missing == 0 for i in self._incoming.values()),
                 "the variables of an up-to-date worker",
             )
-            request, incoming = next(
-                (r, i) for r, i in self._incoming.items() if i.missing == 0
-            )
+            request, incoming = next((r, i) for r, i in self._incoming.items() if i.missing == 0)
             del self._incoming[request]
         values = []
         for buffer, (name, dtype, shape) in zip(incoming.buffers, specs, strict=True):

@@ -66,7 +66,9 @@ def decode(cls: type[Message], data: bytes) -> tuple[Message, memoryview]:
     try:
         header = cls.FromString(bytes(view[:start]))
     except DecodeError as e:
-        raise WireError(f"Expected a {cls.__name__} message. Received: {len(data)} bytes ({e}).")
+        raise WireError(
+            f"Expected a {cls.__name__} message. Received: {len(data)} bytes ({e})."
+        ) from e
     if header.WhichOneof("body") is None:
         raise WireError(
             f"Expected a {cls.__name__} message with a body that this version knows. "

@@ -1,0 +1,235 @@
+"""Trains a small classifier of handwritten digits with model.fit on any number of workers.
+
+    python examples/train_mnist.py
+    python -m tf_syncdist.launch --num_workers=3 examples/train_mnist.py --backup_workers=1
+
+Everything that makes it distributed is the strategy and its scope; the rest is ordinary Keras.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+from mnist_data import NUM_CLASSES, Dataset, load_digits, load_mnist
+
+import tf_syncdist
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_enum("dataset", "digits", ["digits", "mnist"], "What to learn.")
+flags.DEFINE_string("data_dir", None, "Directory of MNIST's IDX files; downloads without it.")
+flags.DEFINE_enum("model", "mlp", ["mlp", "cnn"], "Which network to train.")
+flags.DEFINE_float("learning_rate", None, "Learning rate; by default one that suits --optimizer.")
+flags.DEFINE_integer(
+    "batch_size", 48, "Examples in one update, over all workers together.", lower_bound=1
+)
+flags.DEFINE_integer("epochs", 12, "How many epochs to train.", lower_bound=1)
+flags.DEFINE_integer(
+    "steps_per_epoch", None, "Updates in an epoch; by default as many as the data.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "backup_workers", 0, "How many workers' gradients no update waits for.", lower_bound=0
+)
+flags.DEFINE_string(
+    "slow_worker",
+    None,
+    "INDEX:SECONDS[:PROBABILITY] delays the training steps of that worker, like a slow machine.",
+)
+flags.DEFINE_integer(
+    "seed", 1, "Seed of the weights, the order of the data and the delays.", lower_bound=0
+)
+flags.DEFINE_string("summary_dir", None, "Directory in which worker I writes worker-I.json.")
+
+# Each optimizer with a learning rate that suits the models below.
+OPTIMIZERS: dict[str, tuple[type[keras.optimizers.Optimizer], dict[str, Any]]] = {
+    "adam": (keras.optimizers.Adam, {"learning_rate": 0.004}),
+    "adamw": (keras.optimizers.AdamW, {"learning_rate": 0.004}),
+    "adagrad": (keras.optimizers.Adagrad, {"learning_rate": 0.05}),
+    "nadam": (keras.optimizers.Nadam, {"learning_rate": 0.004}),
+    "rmsprop": (keras.optimizers.RMSprop, {"learning_rate": 0.001}),
+    "sgd": (keras.optimizers.SGD, {"learning_rate": 0.05, "momentum": 0.9}),
+}
+flags.DEFINE_enum("optimizer", "adam", sorted(OPTIMIZERS), "Optimizer; sgd has momentum.")
+
+
+class SlowWorker(NamedTuple):
+    """Which worker is slow, by how many seconds a step, and in what share of its steps."""
+
+    index: int
+    seconds: float
+    probability: float
+
+
+def parse_slow_worker(text: str | None) -> SlowWorker | None:
+    """Parses INDEX:SECONDS[:PROBABILITY], or returns None when there is nothing to parse."""
+    if text is None:
+        return None
+    parts = text.split(":")
+    try:
+        index, seconds, probability = parts if len(parts) == 3 else [*parts, "1"]
+        slow = SlowWorker(int(index), float(seconds), float(probability))
+    except ValueError:
+        slow = None
+    valid = slow and slow.index >= 0 and 0 <= slow.seconds < np.inf and 0 <= slow.probability <= 1
+    if not valid:
+        raise ValueError(
+            "--slow_worker: expected INDEX:SECONDS[:PROBABILITY] with a worker's index from 0, "
+            f"seconds from 0 and a probability from 0 to 1. Received: {text!r}. "
+            "Write for example --slow_worker=2:0.5 or --slow_worker=2:0.5:0.1."
+        )
+    return slow
+
+
+class Delay(keras.layers.Layer):
+    """Passes its input through, and sleeps first in the training steps of the slow worker.
+
+    Every worker has the layer, so that all of them build the same model, but it acts in one. The
+    sleep is part of the computation: a worker that does not compute a round does not sleep in it.
+    """
+
+    def __init__(self, slow: SlowWorker, worker_index: int, seed: int) -> None:
+        super().__init__(name="delay")
+        self.supports_jit = False  # XLA cannot compile the call into Python.
+        self._slow = slow
+        self._acts = worker_index == slow.index
+        self._random = np.random.default_rng([seed, worker_index])
+
+    def _sleep(self) -> np.float32:
+        if self._random.random() < self._slow.probability:
+            time.sleep(self._slow.seconds)
+        return np.float32(0)
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        """Returns the inputs, after the sleep if there is one."""
+        if not (training and self._acts):
+            return inputs
+        # All further computation depends on the identity, and so waits for the sleep.
+        with tf.control_dependencies([tf.numpy_function(self._sleep, [], tf.float32)]):
+            return tf.identity(inputs)
+
+
+def build_model(image_shape: tuple[int, ...], delay: Delay | None) -> keras.Model:
+    """Builds the network that --model names, which returns logits."""
+    layers: list[keras.layers.Layer] = [keras.Input(image_shape)]
+    if delay is not None:
+        layers.append(delay)
+    if FLAGS.model == "cnn":
+        layers.append(keras.layers.Reshape((*image_shape, 1)))
+        for filters in (16, 32):
+            layers.append(keras.layers.Conv2D(filters, 3, padding="same", activation="relu"))
+            layers.append(keras.layers.MaxPooling2D())
+        layers.append(keras.layers.Flatten())
+    else:
+        layers.append(keras.layers.Flatten())
+        layers.append(keras.layers.Dense(128, activation="relu"))
+    layers.append(keras.layers.Dense(NUM_CLASSES))
+    return keras.Sequential(layers)
+
+
+def build_optimizer() -> keras.optimizers.Optimizer:
+    """Builds the optimizer that --optimizer and --learning_rate ask for."""
+    optimizer_class, options = OPTIMIZERS[FLAGS.optimizer]
+    if FLAGS.learning_rate is not None:
+        options = {**options, "learning_rate": FLAGS.learning_rate}
+    return optimizer_class(**options)
+
+
+def training_batches(data: Dataset) -> tf.data.Dataset:
+    """Returns the batches of all workers together, of which the strategy gives each its part.
+
+    Every worker must see the same batches in the same order, hence the seed.
+    """
+    if FLAGS.batch_size > len(data.x_train):
+        raise ValueError(
+            f"--batch_size: expected at most the {len(data.x_train)} training examples of this "
+            f"data. Received: {FLAGS.batch_size}. Use a smaller batch."
+        )
+    dataset = tf.data.Dataset.from_tensor_slices((data.x_train, data.y_train))
+    dataset = dataset.shuffle(len(data.x_train), seed=FLAGS.seed)
+    dataset = dataset.batch(FLAGS.batch_size, drop_remainder=True)
+    # With a number of steps of its own, an epoch may end anywhere in the data.
+    return dataset.repeat() if FLAGS.steps_per_epoch else dataset
+
+
+def summarize(
+    strategy: tf_syncdist.SyncReplicasStrategy, model: keras.Model, metrics: dict[str, float]
+) -> dict[str, Any]:
+    """Collects what this worker did and what it ended with."""
+    report = strategy.local_report()
+    optimizer_state = [v for v in model.optimizer.variables if "gradient_accumulator" not in v.path]
+    return {
+        "worker": report.worker,
+        "num_workers": report.num_workers,
+        "rounds": report.rounds,
+        "contributed": report.contributed,
+        "late": report.late,
+        "replayed": report.replayed,
+        "wall_seconds": report.wall_seconds,
+        "weights_sha256": tf_syncdist.variables_sha256(model.trainable_variables),
+        "optimizer_sha256": tf_syncdist.variables_sha256(optimizer_state),
+        "metrics": {name: float(value) for name, value in metrics.items()},
+    }
+
+
+def write_summary(directory: str, summary: dict[str, Any]) -> None:
+    """Writes worker-I.json in one move, so that nobody reads half of it."""
+    path = Path(directory) / f"worker-{summary['worker']}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(summary, indent=2) + "\n")
+    os.replace(unfinished, path)
+
+
+def main(argv: list[str]) -> None:
+    """Trains, tests and reports."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Expected only flags. Received: {argv[1:]}. Write --name=value.")
+    slow = parse_slow_worker(FLAGS.slow_worker)
+    # A `ps` task does its work inside this call and ends there; only workers come back from it.
+    strategy = tf_syncdist.SyncReplicasStrategy(backup_workers=FLAGS.backup_workers)
+    if slow and slow.index >= strategy.num_workers:
+        raise ValueError(
+            f"--slow_worker: expected a worker from 0 to {strategy.num_workers - 1}. Received: "
+            f"{slow.index}. Name a worker of this job."
+        )
+    keras.utils.set_random_seed(FLAGS.seed)
+    data = load_digits() if FLAGS.dataset == "digits" else load_mnist(FLAGS.data_dir)
+
+    with strategy.scope():
+        delay = Delay(slow, strategy.worker_index, FLAGS.seed) if slow else None
+        model = build_model(data.x_train.shape[1:], delay)
+        model.compile(
+            optimizer=build_optimizer(),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+    history = model.fit(
+        training_batches(data),
+        shuffle=False,  # The dataset does that.
+        epochs=FLAGS.epochs,
+        steps_per_epoch=FLAGS.steps_per_epoch,
+        validation_data=(data.x_test, data.y_test),
+        validation_batch_size=FLAGS.batch_size,
+    )
+    tested = model.evaluate(
+        data.x_test, data.y_test, batch_size=FLAGS.batch_size, verbose=0, return_dict=True
+    )
+    metrics = {name: values[-1] for name, values in history.history.items()}
+    metrics |= {f"test_{name}": value for name, value in tested.items()}
+
+    summary = summarize(strategy, model, metrics)
+    if FLAGS.summary_dir:
+        write_summary(FLAGS.summary_dir, summary)
+    if strategy.is_chief:
+        print(f"test accuracy: {metrics['test_accuracy']:.4f}", flush=True)
+    print(f"worker {summary['worker']}: weights_sha256={summary['weights_sha256']}", flush=True)
+
+
+if __name__ == "__main__":
+    app.run(main)
