@@ -326,8 +326,7 @@ class Job:
         """Sends a run that has just come into a worker's window."""
         outbox = self._streams[worker]
         if run < self._rounds.kept_from:
-            gone = pb.HistoryGone(run=self._rounds.kept_from - 1)
-            outbox.put(wire.encode(pb.ToWorker(history_gone=gone)))
+            outbox.put(wire.encode(pb.ToWorker(history_gone=pb.HistoryGone(run=run))))
         for message in self._results.get(run, ()):
             outbox.put(message)
 

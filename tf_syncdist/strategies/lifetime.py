@@ -53,6 +53,7 @@ class Membership:
     ) -> None:
         self.role = role
         self.failed = False
+        self.interrupted: signal.Signals | None = None
         self._print_report = print_report and role.task_index == 0
         self._controller: RunController | None = None
         self._closed = False
@@ -70,7 +71,8 @@ class Membership:
             timeout_seconds=timeout_seconds,
         )
         try:
-            self.session = Session(config, say)
+            # What the service has to tell concerns everybody; one worker prints it.
+            self.session = Session(config, say if role.task_index == 0 else _log.info)
         except BaseException:
             if self._child is not None:
                 self._child.close()
@@ -83,6 +85,7 @@ class Membership:
         self._controller = controller
 
     def _interrupted(self, number: signal.Signals) -> None:
+        self.interrupted = number
         self.session.cancel(SyncDistError(f"The training step was interrupted by {number.name}."))
 
     def report(self) -> Report:

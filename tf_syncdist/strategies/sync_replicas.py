@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import signal
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -328,6 +329,9 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
                 yield
             except BaseException as e:
                 self._member.failed = method == "fit"
+                if self._member.interrupted is signal.SIGINT:
+                    # TensorFlow's error for the step that was cut short hides the interrupt.
+                    raise KeyboardInterrupt from None
                 cause = self._runs.controller.error
                 if cause is not None and isinstance(e, tf.errors.OpError):
                     raise cause from None

@@ -104,7 +104,7 @@ class Session:
         self._verdicts: dict[int, str] = {}
         self._incoming: dict[int, _Incoming] = {}
         self._received: State | None = None
-        self._gone_before = -1
+        self._gone: set[int] = set()
         self._give: list[int] = []
         self._job_over: tuple[int, int] | None = None
         self._all_gone = 0
@@ -156,7 +156,7 @@ class Session:
     def results_gone(self, run: int) -> bool:
         """Returns whether the results of a run can no longer be had."""
         with self._changed:
-            return run <= self._gone_before
+            return run in self._gone
 
     def job_over_at(self) -> tuple[int, int] | None:
         """Returns the run from which the job is over and the worker that said so, or `None`."""
@@ -218,7 +218,7 @@ class Session:
         wanted = len(plan.slices)
 
         def there() -> bool:
-            return len(self._results.get(key, ())) >= wanted or run <= self._gone_before
+            return len(self._results.get(key, ())) >= wanted or run in self._gone
 
         with self._changed:
             self._wait(there, f"the result of round {run}")
@@ -252,6 +252,7 @@ class Session:
                 del self._results[key]
             for over in self._over:
                 over.pop(run, None)
+            self._gone.discard(run)
 
     def exchange_epoch(self, run: int, layout: int, values: np.ndarray) -> np.ndarray:
         """Sums values over the workers after `run` runs.
@@ -442,7 +443,7 @@ class Session:
             elif body == "give_state":
                 self._give.append(message.request)
             elif body == "history_gone":
-                self._gone_before = max(self._gone_before, message.run)
+                self._gone.add(message.run)
             elif body == "job_over":
                 self._job_over = (message.run, message.worker)
             elif body == "all_gone":
