@@ -13,18 +13,11 @@ import tensorflow as tf
 from tf_syncdist.strategies import adapter
 
 
-def divide(
-    dataset: tf.data.Dataset,
-    batch_size: int | None,
-    pieces: int,
-    worker: int,
-    num_workers: int,
-) -> tf.data.Dataset:
+def divide(dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int) -> tf.data.Dataset:
     """Returns one worker's share of a batched dataset.
 
     Args:
         dataset: The whole dataset; every worker must see it in the same order.
-        batch_size: Its batch size if the caller knows it.
         pieces: N, how many contributions make an update.
         worker: Index of this worker.
         num_workers: N + b.
@@ -35,26 +28,59 @@ def divide(
     Raises:
         ValueError: If the batch size is not divisible by N.
     """
-    batch_size = batch_size or adapter.static_batch_size(dataset)
+    batch_size = adapter.static_batch_size(dataset)
     if batch_size is not None:
         check_divisible(batch_size, pieces)
     cardinality = int(dataset.cardinality())
     if num_workers == pieces:
-        return dataset.map(lambda *batch: _piece(_unstar(batch), worker, pieces))
+        return _deal(dataset, pieces, worker, num_workers)
     if cardinality == tf.data.UNKNOWN_CARDINALITY:
         # Without a known length nobody can say when the epoch ends for the others, so every
         # worker takes one piece of every batch, and b of the pieces are computed twice.
         return dataset.enumerate().map(
             lambda k, batch: _piece(batch, tf.cast(k + worker, tf.int32) % pieces, pieces)
         )
-    mine = (
-        dataset.repeat()
-        .enumerate()
-        .map(lambda k, batch: (_first_piece(k, pieces, worker, num_workers), batch))
-        .filter(lambda index, batch: index < pieces)
-        .map(lambda index, batch: _piece(batch, index, pieces))
-    )
+    mine = _deal(dataset.repeat(), pieces, worker, num_workers)
     return mine if cardinality == tf.data.INFINITE_CARDINALITY else mine.take(cardinality)
+
+
+def divide_arrays(
+    dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int
+) -> tf.data.Dataset:
+    """Returns one worker's share of the dataset that Keras makes of arrays, without end.
+
+    Keras knows how many batches an epoch has, and takes as many. A dataset that it starts anew
+    for each epoch would shuffle alike in every epoch, since the seed is common to all workers.
+
+    Args:
+        dataset: The whole dataset.
+        pieces: N, how many contributions make an update.
+        worker: Index of this worker.
+        num_workers: N + b.
+    """
+    return _deal(dataset.repeat(), pieces, worker, num_workers)
+
+
+class ContinuedDataset:
+    """A distributed dataset without end that goes on where the last epoch ended.
+
+    Args:
+        dataset: The distributed dataset.
+    """
+
+    def __init__(self, dataset: Any) -> None:
+        self._dataset = dataset
+        self._built = False
+        self._iterator: Any = None
+
+    def __iter__(self) -> Any:
+        if not self._built:
+            # Keras looks at a first batch to build the model; training starts with it again.
+            self._built = True
+            return iter(self._dataset)
+        if self._iterator is None:
+            self._iterator = iter(self._dataset)
+        return self._iterator
 
 
 def check_divisible(batch_size: int, pieces: int) -> None:
@@ -67,6 +93,18 @@ def check_divisible(batch_size: int, pieces: int) -> None:
             f"Use {batch_size // pieces * pieces or pieces} or "
             f"{(batch_size // pieces + 1) * pieces}."
         )
+
+
+def _deal(dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int) -> tf.data.Dataset:
+    """Deals out the pieces of all batches in turn."""
+    if num_workers == pieces:
+        return dataset.map(lambda *batch: _piece(_unstar(batch), worker, pieces))
+    return (
+        dataset.enumerate()
+        .map(lambda k, batch: (_first_piece(k, pieces, worker, num_workers), batch))
+        .filter(lambda index, batch: index < pieces)
+        .map(lambda index, batch: _piece(batch, index, pieces))
+    )
 
 
 def _unstar(batch: tuple) -> Any:

@@ -90,8 +90,14 @@ class Runs(adapter.Hooks):
         """The site that is being traced or executed on this thread."""
         return getattr(self._current, "site", None)
 
-    def run_in_graph(self, fn: Callable[[], Any]) -> Any:
-        """Emits one run of a replica function into the graph that is being built."""
+    def run_in_graph(self, fn: Callable[[], Any], inputs: Any) -> Any:
+        """Emits one run of a replica function into the graph that is being built.
+
+        Args:
+            fn: The function.
+            inputs: What it is given. A run begins when that is there: an iterator that has come
+                to its end must not begin a run.
+        """
         site = Site()
 
         @tf.function(autograph=False)
@@ -151,7 +157,8 @@ class Runs(adapter.Hooks):
                 return skipped()
             return tf.cond(tf.equal(mode, Mode.REPLAY), replayed, skipped)
 
-        with tf.control_dependencies([self._token.read_value()]):
+        given = tf.nest.flatten(inputs, expand_composites=True)
+        with tf.control_dependencies([self._token.read_value(), *filter(tf.is_tensor, given)]):
             mode = tf.numpy_function(
                 lambda: np.int32(self.controller.begin(site)), [], tf.int32, name="begin_run"
             )

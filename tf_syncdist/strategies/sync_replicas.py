@@ -221,7 +221,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         converted = adapter.convert(fn)
         once = functools.partial(super().run, converted, args, kwargs, options)
         if not tf.executing_eagerly():
-            return self._runs.run_in_graph(once)
+            return self._runs.run_in_graph(once, (args, kwargs))
         call = keras_calls.current()
         training = call is not None and call.method == "fit"
         return self._runs.run_eagerly(_identity(fn), once, training)
@@ -257,14 +257,15 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             ValueError: If the batch size is not divisible by N.
         """
         call = keras_calls.current()
-        if self._member is not None and (call is None or call.takes_training_input):
-            dataset = inputs.divide(
-                dataset,
-                call.batch_size if call is not None else None,
-                self._aggregate,
-                self.worker_index,
-                self.num_workers,
+        if self._member is None or (call is not None and not call.takes_training_input):
+            return super().experimental_distribute_dataset(dataset, options)
+        share = (self._aggregate, self.worker_index, self.num_workers)
+        if call is not None and call.batch_size is not None:
+            dataset = inputs.divide_arrays(dataset, *share)
+            return inputs.ContinuedDataset(
+                super().experimental_distribute_dataset(dataset, options)
             )
+        dataset = inputs.divide(dataset, *share)
         return super().experimental_distribute_dataset(dataset, options)
 
     def distribute_datasets_from_function(
