@@ -122,9 +122,9 @@ class RunController:
         self._substitute = False
         self._late = False
         self._exchange = 0
-        self._in_run = False
         self._over = False
         self._resume_at = 0
+        self._computed = 0
         self._first_end: float | None = None
         self._last_end = 0.0
 
@@ -138,7 +138,6 @@ class RunController:
             self._substitute = self._late = False
             self.answer_state_requests()
             self._mode = self._decide(site)
-            self._in_run = True
             return self._mode
 
     def exchange(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -166,12 +165,12 @@ class RunController:
     def finish(self, site: RunSite, outputs: Sequence[np.ndarray] | None) -> None:
         """Ends a run. `outputs` are kept for later replays of the site."""
         with _recorded(self):
-            self._in_run = False
             if self._over:
                 return
             if self._mode is Mode.COMPUTE:
                 site.outputs = None if outputs is None else [np.array(o) for o in outputs]
                 fate = pb.REPLAYED if self._substitute else pb.CONTRIBUTED
+                self._computed += not self._substitute
                 fate = pb.LATE if self._late else fate
             elif self._mode is Mode.REPLAY:
                 fate = pb.REPLAYED
@@ -188,9 +187,9 @@ class RunController:
     # Called from outside of runs.
 
     @property
-    def in_run(self) -> bool:
-        """Whether a run has begun and not ended."""
-        return self._in_run
+    def runs_done(self) -> tuple[int, int]:
+        """How many runs this worker has done, and how many of them it computed."""
+        return self.run, self._computed
 
     def report(self) -> LocalReport:
         """Returns this worker's counts."""

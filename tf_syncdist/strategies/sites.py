@@ -60,7 +60,7 @@ class Runs(adapter.Hooks):
         replicas: Number of replicas over which a loss is averaged: N x devices.
         local_only: Tells whether exchanges stay within this worker now (evaluate and predict).
         on_variable: Is told of every variable made under the strategy's scope.
-        on_trained: Is told which variables a traced training run uses.
+        on_traced: Is told of every site, once it is known what it does.
     """
 
     def __init__(
@@ -69,13 +69,13 @@ class Runs(adapter.Hooks):
         replicas: int,
         local_only: Callable[[], bool],
         on_variable: Callable[[tf.Variable], None],
-        on_trained: Callable[[list[tf.Variable]], None],
+        on_traced: Callable[[Site], None],
     ) -> None:
         self.controller: RunController | None = None
         self._strategy = strategy
         self._replicas = replicas
         self._local_only = local_only
-        self._on_trained = on_trained
+        self._on_traced = on_traced
         self.on_variable = on_variable
         self._current = threading.local()
         self._eager_sites: dict[object, Site] = {}
@@ -110,7 +110,7 @@ class Runs(adapter.Hooks):
         if not site.exchanges:
             return traced()
         site.variables = list(traced.graph.variables)
-        self._on_trained(site.variables)
+        self._on_traced(site)
         outputs = tf.nest.flatten(traced.structured_outputs, expand_composites=True)
         tensors = [o for o in outputs if tf.is_tensor(o)]
         _check_outputs(tensors)

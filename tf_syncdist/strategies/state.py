@@ -24,12 +24,11 @@ class CommonState:
         self._new: list[tf.Variable] = []
 
     def unsynchronised(self, site: Site) -> list[Spec]:
-        owned = []
+        owned = optimizer_variables(site)
         for optimizer, _ in site.updates:
             for variable in (*optimizer.variables, *optimizer._trainable_variables):
                 # Keras' names of its own, such as "sequential/dense/kernel".
                 self._names[id(variable.value)] = variable.path
-            owned += [v.value for v in optimizer.variables]
         candidates = (
             self._registry.alive()
             if site.variables is None
@@ -57,3 +56,8 @@ class CommonState:
 
     def assign(self, values: Sequence[np.ndarray]) -> None:
         vars_lib.assign(self._common, values)
+
+
+def optimizer_variables(site: Site) -> list[tf.Variable]:
+    """Returns TensorFlow's variables of all optimizers that a site uses."""
+    return [v.value for optimizer, _ in site.updates for v in optimizer.variables]

@@ -16,10 +16,10 @@ from tf_syncdist.errors import ClusterConfigError
 from tf_syncdist.observability.reports import Report
 from tf_syncdist.strategies import adapter, inputs, keras_calls
 from tf_syncdist.strategies.controller import LocalReport, RunController
+from tf_syncdist.strategies.epochs import EpochExchange
 from tf_syncdist.strategies.lifetime import Membership, say
-from tf_syncdist.strategies.metrics import EpochMetrics
-from tf_syncdist.strategies.sites import Runs
-from tf_syncdist.strategies.state import CommonState
+from tf_syncdist.strategies.sites import Runs, Site
+from tf_syncdist.strategies.state import CommonState, optimizer_variables
 from tf_syncdist.strategies.variables import VariableRegistry
 
 
@@ -125,7 +125,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             self._aggregate * len(devices),
             self._is_local,
             self._registry.add,
-            self._on_trained,
+            self._on_traced,
         )
         self._lifted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         first_replica = role.task_index * len(devices)
@@ -136,18 +136,18 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
 
     def _start(self, slice_bytes: int) -> None:
         session = self._member.session
-        self._metrics = EpochMetrics(session, lambda: self._runs.controller.run)
+        self._epochs = EpochExchange(session, lambda: self._runs.controller.runs_done)
         self._runs.controller = RunController(
-            session, CommonState(self._registry), slice_bytes, self._metrics.on_begin, say
+            session, CommonState(self._registry), slice_bytes, self._epochs.forget_sums, say
         )
         self._member.attach(self._runs.controller)
         if not adapter.global_seed_is_set():
             # Workers divide a dataset by position, so they must shuffle it alike.
             tf.random.set_seed(session.job_seed)
 
-    def _on_trained(self, captured: list[tf.Variable]) -> None:
-        used = self._registry.containers(captured)
-        self._metrics.add([v for v in used if adapter.is_sync_on_read(v)])
+    def _on_traced(self, site: Site) -> None:
+        used = self._registry.containers(site.variables)
+        self._epochs.add(used, optimizer_variables(site))
 
     # Who and how many.
 
@@ -302,7 +302,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             return tf.nest.map_structure(lambda v: self.reduce(reduce_op, v, axis), value)
         if self._member is not None and axis is None and adapter.is_sync_on_read(value):
             if tf.executing_eagerly():
-                found = self._metrics.read(value, may_exchange=not self._is_local())
+                found = self._epochs.read(value, may_exchange=not self._is_local())
                 if found is not None:
                     return found
         return super().reduce(reduce_op, value, axis)
@@ -325,7 +325,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             if method == "fit" and call.batch_size is not None:
                 inputs.check_divisible(call.batch_size, self._aggregate)
             if method != "fit":
-                self._metrics.forget_sums()
+                self._epochs.forget_sums()
             try:
                 yield
             except BaseException as e:

@@ -1,0 +1,126 @@
+"""Epoch exchanges: one message per worker carries everything that is combined once per epoch.
+
+Metrics are summed over workers. Float state that training runs write outside of an optimizer, such
+as the statistics of batch normalisation, is averaged, weighted by the runs that a worker computed.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from tf_syncdist.propagation.slices import layout_of
+from tf_syncdist.strategies import adapter, variables
+from tf_syncdist.transport.session import Session
+
+
+class EpochExchange:
+    """Keeps what was exchanged, and exchanges when a metric is read and there were runs since.
+
+    Args:
+        session: The connection to the service.
+        runs: Returns how many runs this worker has done, and how many of them it computed.
+    """
+
+    def __init__(self, session: Session, runs: Callable[[], tuple[int, int]]) -> None:
+        self._session = session
+        self._runs = runs
+        self._metrics: dict[int, tf.Variable] = {}
+        self._statistics: dict[int, tf.Variable] = {}
+        self._done = 0
+        self._computed = 0
+        # For every metric variable: the sum over workers, and what this worker held then.
+        self._sums: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}
+
+    def add(self, used: list[tf.Variable], owned: list[tf.Variable]) -> None:
+        """Takes note of the variables of a training run.
+
+        Args:
+            used: Distributed variables that it reads or writes.
+            owned: Variables of optimizers.
+        """
+        owned_ids = {id(v) for v in owned}
+        for variable in used:
+            if adapter.is_sync_on_read(variable):
+                self._metrics.setdefault(id(variable), variable)
+            elif (
+                variable.dtype.is_floating
+                and not variable.trainable
+                and id(variable) not in owned_ids
+            ):
+                self._statistics.setdefault(id(variable), variable)
+
+    def forget_sums(self) -> None:
+        """A training run or an evaluation begins: metrics are this worker's own again."""
+        self._sums.clear()
+
+    def read(self, variable: tf.Variable, may_exchange: bool) -> tf.Tensor | None:
+        """Returns a metric variable's value over all workers.
+
+        Args:
+            variable: A variable that is synchronised on read.
+            may_exchange: Whether an exchange may happen now; it may not during an evaluation.
+
+        Returns:
+            The value, or `None` if this worker's own value is to be used.
+        """
+        if id(variable) not in self._metrics:
+            return None
+        done, computed = self._runs()
+        if may_exchange and done > self._done:
+            weight, self._done, self._computed = computed - self._computed, done, computed
+            self._exchange(weight)
+        found = self._sums.get(id(variable))
+        if found is None:
+            return None
+        total, held = found
+        # A variable that was reset or updated since is this worker's own again.
+        if any(not np.array_equal(a, b) for a, b in zip(held, _values(variable), strict=True)):
+            return None
+        return tf.constant(total, variable.dtype)
+
+    def _exchange(self, weight: int) -> None:
+        metrics, statistics = list(self._metrics.values()), list(self._statistics.values())
+        held = [_values(v) for v in metrics]
+        own = variables.read(statistics)
+        mine = _pack(
+            # How many copies are summed, for metric variables that are averaged.
+            [np.float64(len(held[0])), np.float64(weight)],
+            [np.sum(h, axis=0, dtype=np.float64) for h in held],
+            # 0 times infinity is no number, but a worker without runs has none to say.
+            [
+                np.multiply(s, weight, dtype=np.float64) if weight else np.zeros(s.shape)
+                for s in own
+            ],
+        )
+        names = [(v.name, v.shape.as_list(), v.aggregation.name) for v in (*metrics, *statistics)]
+        total = self._session.exchange_epoch(self._done, layout_of(names), mine)
+        (copies, weights), sums, means = _unpack(
+            total, [(), ()], [h[0].shape for h in held], [s.shape for s in own]
+        )
+        for variable, value, copy in zip(metrics, sums, held, strict=True):
+            if variable.aggregation is tf.VariableAggregation.MEAN:
+                value = value / copies
+            self._sums[id(variable)] = (value.astype(copy[0].dtype), copy)
+        if weights:
+            averages = [(m / weights).astype(s.dtype) for m, s in zip(means, own, strict=True)]
+            variables.assign(statistics, averages)
+
+
+def _pack(*groups: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.ravel(a) for group in groups for a in group])
+
+
+def _unpack(vector: np.ndarray, *groups: list[tuple[int, ...]]) -> list[list[np.ndarray]]:
+    found, start = [], 0
+    for shapes in groups:
+        found.append([])
+        for shape in shapes:
+            size = int(np.prod(shape))
+            found[-1].append(vector[start : start + size].reshape(shape))
+            start += size
+    return found
+
+
+def _values(variable: tf.Variable) -> list[np.ndarray]:
+    return [c.numpy() for c in adapter.components(variable)]
