@@ -158,7 +158,9 @@ class Runs(adapter.Hooks):
             return tf.cond(tf.equal(mode, Mode.REPLAY), replayed, skipped)
 
         given = tf.nest.flatten(inputs, expand_composites=True)
-        with tf.control_dependencies([self._token.read_value(), *filter(tf.is_tensor, given)]):
+        with tf.control_dependencies(
+            [self._token.read_value(), *filter(tf.is_symbolic_tensor, given)]
+        ):
             mode = tf.numpy_function(
                 lambda: np.int32(self.controller.begin(site)), [], tf.int32, name="begin_run"
             )
@@ -184,6 +186,10 @@ class Runs(adapter.Hooks):
                 site.reset()
                 site.eager_outputs = fn()
                 site.replayable = len(site.updates) == site.exchanges
+                if site.outputs is None:
+                    # Only now is it known which optimizers there are, and what they hold.
+                    site.synchronised = False
+                    self._on_traced(site)
             elif mode is Mode.REPLAY:
                 site.replaying = True
                 self._apply(site.updates)

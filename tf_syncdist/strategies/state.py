@@ -29,11 +29,7 @@ class CommonState:
             for variable in (*optimizer.variables, *optimizer._trainable_variables):
                 # Keras' names of its own, such as "sequential/dense/kernel".
                 self._names[id(variable.value)] = variable.path
-        candidates = (
-            self._registry.alive()
-            if site.variables is None
-            else self._registry.containers(site.variables)
-        )
+        candidates = self._registry.containers(site.variables)
         known = {id(v) for v in self._common}
         self._new = [v for v in vars_lib.synchronised(candidates, owned) if id(v) not in known]
         return vars_lib.specs(self._new, self._names)

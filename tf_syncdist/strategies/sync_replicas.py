@@ -363,4 +363,4 @@ def _check_model(model: Any) -> None:
 
 def _identity(fn: Callable) -> object:
     owner = getattr(fn, "__self__", None)
-    return (id(owner), getattr(fn, "__func__", fn))
+    return (id(owner), getattr(fn, "__code__", fn))

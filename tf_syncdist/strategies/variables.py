@@ -53,16 +53,19 @@ class VariableRegistry:
             self._containers.pop(id(component), None)
             self._containers[id(component)] = weakref.ref(variable)
 
-    def containers(self, captured: Iterable[tf.Variable]) -> list[tf.Variable]:
+    def containers(self, captured: Iterable[tf.Variable] | None) -> list[tf.Variable]:
         """Returns the distributed variables that captured ones belong to.
 
         Args:
-            captured: Variables as a graph has captured them, in any order.
+            captured: Variables as a graph has captured them, in any order; `None`, without a
+                graph, stands for all that there are.
 
         Returns:
             Distributed variables in the order of their creation, which is the same on every
             worker that runs the same program.
         """
+        if captured is None:
+            return self.alive()
         ids = {id(v) for v in captured}
         return [v for v in self.alive() if any(id(c) in ids for c in adapter.components(v))]
 
