@@ -18,6 +18,7 @@ from tf_syncdist.aggregation.rounds import (
     Fate,
     RoundError,
     Rounds,
+    RunOver,
     SliceKey,
     SliceSpec,
     Verdict,
@@ -59,7 +60,7 @@ class Job:
         self._seed = random.SystemRandom().getrandbits(63)
         self._streams: dict[int, Outbox] = {}
         self._present: set[int] = set()
-        self._over_at: int | None = None
+        self._over_at: tuple[int, int] | None = None
 
     # A worker's stream.
 
@@ -112,7 +113,10 @@ class Job:
                 return
             outbox.close()
             for receiver in self._states.drop(worker):
-                self._ask_for_state(receiver)
+                try:
+                    self._ask_for_state(receiver)
+                except Refused as e:
+                    self._streams[receiver].close(e)
             if worker in self._present:
                 text = f"worker {worker} is gone ({why}); going on without it"
                 self._on_event(text)
@@ -225,9 +229,8 @@ class Job:
         except ValueError as e:
             raise _invalid(f"Expected a fate. Received: fate={message.fate}.") from e
         progress = self._rounds.finish(worker, message.run, message.exchanges, fate)
-        if progress.over is not None:
-            over = pb.RunOver(run=progress.over.run, exchanges=progress.over.exchanges)
-            self._tell_all(pb.ToWorker(run_over=over))
+        for over in progress.over:
+            self._announce(over)
         for run in progress.evicted:
             self._results.pop(run, None)
         self._send_results(worker, self._rounds.position(worker) + WINDOW_RUNS - 1)
@@ -277,8 +280,9 @@ class Job:
         self._on_event(f"worker {worker} left after {message.run} run(s): {reason}")
         # A program that ends before its first run says nothing about how long the job is.
         if message.reason == pb.FINISHED and message.run:
-            self._over_at = min(message.run, self._over_at or message.run)
-            over = pb.JobOver(run=self._over_at, worker=worker)
+            end = (message.run, worker)
+            self._over_at = min(end, self._over_at or end)
+            over = pb.JobOver(run=self._over_at[0], worker=self._over_at[1])
             self._tell_all(pb.ToWorker(job_over=over))
         self._leave(worker)
 
@@ -322,13 +326,29 @@ class Job:
             for outbox in self._streams.values():
                 outbox.put(message)
 
+    def _announce(self, over: RunOver) -> None:
+        """Tells everybody that a run is over, and whose window has held it that all is sent."""
+        both = [
+            wire.encode(
+                pb.ToWorker(run_over=pb.RunOver(run=over.run, exchanges=over.exchanges, sent=sent))
+            )
+            for sent in (False, True)
+        ]
+        for worker, outbox in self._streams.items():
+            outbox.put(both[over.run < self._rounds.position(worker) + WINDOW_RUNS])
+
     def _send_results(self, worker: int, run: int) -> None:
         """Sends a run that has just come into a worker's window."""
         outbox = self._streams[worker]
         if run < self._rounds.kept_from:
             outbox.put(wire.encode(pb.ToWorker(history_gone=pb.HistoryGone(run=run))))
+            return
         for message in self._results.get(run, ()):
             outbox.put(message)
+        if run < self._rounds.runs_announced:
+            exchanges = self._rounds.exchanges(run)
+            over = pb.RunOver(run=run, exchanges=exchanges, sent=True)
+            outbox.put(wire.encode(pb.ToWorker(run_over=over)))
 
     def _tell_verdict(self, run: int, verdict: str | None, chunks: list[bytes]) -> None:
         if verdict is None:
@@ -348,8 +368,8 @@ class Job:
         found = self._states.request(receiver, self._streams, self._rounds.position)
         if found is None:
             raise _invalid(
-                f"Expected a worker that is further than worker {receiver}. Received: a request "
-                "for its state while there is none."
+                f"Expected a connected worker that is further than worker {receiver}, to take over "
+                "its state. Received: a request while there is none (any more)."
             )
         request, giver = found
         self._on_event(f"worker {giver} gives its state to worker {receiver}")

@@ -68,9 +68,9 @@ class RunOver(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """The answer to a finished run: whether that made it over, and which runs may be forgotten."""
+    """The answer to a finished run: which runs are over now, and which may be forgotten."""
 
-    over: RunOver | None
+    over: tuple[RunOver, ...]
     evicted: tuple[int, ...]
 
 
@@ -142,7 +142,9 @@ class Rounds:
         self._runs: dict[int, _Run] = {}
         self._exchanges: dict[int, int] = {}
         self._over = 0
+        self._unsaid: list[RunOver] = []
         self._kept_from = 0
+        self._rounds_kept = 0
         self._positions = [0] * num_workers
         self._present = set(range(num_workers))
 
@@ -150,8 +152,13 @@ class Rounds:
 
     @property
     def runs_over(self) -> int:
-        """How many runs are over; runs end in order."""
+        """How many runs have been done by some worker; runs end in order."""
         return self._over
+
+    @property
+    def runs_announced(self) -> int:
+        """How many runs workers have been told to be over."""
+        return self._over - len(self._unsaid)
 
     @property
     def kept_from(self) -> int:
@@ -211,6 +218,8 @@ class Rounds:
                 f"had that ended it. Received: exchange={key.exchange} from worker {worker}. "
                 "Every worker must run the same program."
             )
+        if key.run < self._over and key.slice not in run.exchanges.get(key.exchange, ()):
+            return Receipt(Verdict.LATE, (), f"run {key.run} is over without this slice")
         state = self._slice(worker, run, key, spec)
         if worker in state.contributors:
             return Receipt(Verdict.DUPLICATE, (), f"worker {worker} is already in it")
@@ -243,13 +252,18 @@ class Rounds:
         """
         self._check_worker(worker)
         self._check_position(worker, run, "finish")
-        over = None
+        over: tuple[RunOver, ...] = ()
         if run >= self._over:
             self._check_all_closed(worker, run, exchanges)
             self._exchanges[run] = exchanges
             self._over = run + 1
             self.rounds += exchanges > 0
-            over = RunOver(run, exchanges)
+            self._rounds_kept += exchanges > 0
+            # Where gradients are accumulated most runs have no exchange. Such a run is worth
+            # computing until the exchange is closed that it contributes to.
+            self._unsaid.append(RunOver(run, exchanges))
+            if exchanges:
+                over, self._unsaid = tuple(self._unsaid), []
         elif fate != Fate.MISSED and self._exchanges.get(run, exchanges) != exchanges:
             raise RoundError(
                 f"Expected {self._exchanges[run]} exchange(s) in run {run}, as the worker had that "
@@ -379,7 +393,7 @@ class Rounds:
             if used < total:
                 # With several shards the worker has seen more than this one, but never less.
                 fate = Fate.LATE
-            counts.partly_used += 0 < used < total
+            counts.partly_used += fate is Fate.LATE and used > 0
         counts.fates[fate] += 1
 
     def _evict(self) -> tuple[int, ...]:
@@ -389,13 +403,12 @@ class Rounds:
         size = self.history_size
         while self._kept_from < self._over:
             run = self._kept_from
-            kept = self._over - run
-            too_many = kept > self._history_rounds and size > self._history_bytes
+            too_many = self._rounds_kept > self._history_rounds and size > self._history_bytes
             if run >= needed_from and not too_many:
                 break
             state = self._runs.pop(run, None)
             size -= state.bytes if state else 0
-            self._exchanges.pop(run, None)
+            self._rounds_kept -= self._exchanges.pop(run) > 0
             self._kept_from = run + 1
             evicted.append(run)
         return tuple(evicted)

@@ -83,6 +83,11 @@ class States:
 
     def _verdict(self, run: int) -> tuple[str | None, list[bytes]]:
         start = self._starts[run]
+        if 0 not in self._expected and not start.chunks and not start.agreed:
+            return (
+                "Expected worker 0 to give the variables that all workers start from. Received: "
+                "worker 0 has left the job. Look at its log, and start the job again."
+            ), []
         if start.agreed or not self._expected <= set(start.manifests) or 0 not in start.manifests:
             return None, []
         start.agreed = True

@@ -140,7 +140,7 @@ def deserialize(text: str) -> CutoffPolicy:
         data = json.loads(text)
         cls, config = _POLICIES[data["class_name"]], data["config"]
         return cls(**config)
-    except (ValueError, KeyError, TypeError) as e:
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(
             'Expected a cutoff policy such as {"class_name": "BackupWorkers", "config": {"b": 1}} '
             f"with one of the classes {', '.join(sorted(_POLICIES))}. "

@@ -116,6 +116,7 @@ class RunController:
         self._on_begin = on_begin
         self._on_notice = on_notice
         self._clock = clock
+        session.on_state_request = self.answer_state_requests
         self._plans: dict[tuple[TensorSpec, ...], Plan] = {}
         self._fates = dict.fromkeys((pb.CONTRIBUTED, pb.LATE, pb.REPLAYED, pb.MISSED), 0)
         self._mode = Mode.COMPUTE
@@ -147,9 +148,8 @@ class RunController:
             way = self._plan(arrays)
             computes = self._mode is Mode.COMPUTE and not self._substitute
             if computes:
-                if self._late or self._session.exchanges_of(self.run) is not None:
-                    if not self._late:
-                        self._session.send_late(self.run)
+                if self._session.exchanges_of(self.run) is not None:
+                    self._session.send_late(self.run)
                     self._late = True
                 else:
                     self._session.send(self.run, number, way, arrays)
@@ -176,7 +176,7 @@ class RunController:
                 fate = pb.REPLAYED
             else:
                 fate = pb.MISSED
-                self._exchange = self._session.wait_over(self.run)
+                self._exchange = self._session.exchanges_of_missed(self.run)
             self._session.finish(self.run, self._exchange, fate)
             self._fates[fate] += self._exchange > 0
             self.run += 1
@@ -206,9 +206,13 @@ class RunController:
         )
 
     def answer_state_requests(self) -> None:
-        """Gives this worker's variables to workers that fell too far behind. Not within a run."""
+        """Gives this worker's variables to workers that fell too far behind.
+
+        Not while a run updates them. A worker that skips runs holds the state after these.
+        """
         for request in self._session.take_state_requests():
-            self._session.give_state(request, self.run, self._store.read())
+            run = max(self.run, self._resume_at)
+            self._session.give_state(request, run, self._store.read())
 
     # How.
 
@@ -227,11 +231,9 @@ class RunController:
             return Mode.SKIP
         if self._session.exchanges_of(self.run) is None:
             return Mode.COMPUTE
-        if self._session.results_gone(self.run):
+        if not self._session.wait_results(self.run):
             self._refresh()
-            if self.run < self._resume_at:
-                return Mode.SKIP
-            return Mode.COMPUTE
+            return self._decide(site)
         if site.outputs is None:
             return Mode.COMPUTE
         if not site.replayable:

@@ -89,6 +89,10 @@ class Session:
         config: See `SessionConfig`.
         on_notice: Called with one line.
 
+    Attributes:
+        on_state_request: If set, called during waits in which this worker holds a state that it
+            can give, when another one has asked for it.
+
     Raises:
         AggregatorUnreachableError: If a shard does not answer in time.
         ServiceError: If the service refuses the worker.
@@ -100,6 +104,7 @@ class Session:
         self._changed = threading.Condition()
         self._results: dict[tuple[int, int], dict[tuple[int, int], tuple]] = {}
         self._over: list[dict[int, int]] = [{} for _ in config.addresses]
+        self._sent: list[set[int]] = [set() for _ in config.addresses]
         self._epochs: dict[int, memoryview] = {}
         self._verdicts: dict[int, str] = {}
         self._incoming: dict[int, _Incoming] = {}
@@ -111,6 +116,7 @@ class Session:
         self._error: Exception | None = None
         self._finished = 0
         self._asked_at = -_STATE_PAUSE_SECONDS
+        self.on_state_request: Callable[[], None] | None = None
         self._connections: list[Connection] = []
         incarnation = random.SystemRandom().getrandbits(63)
         for shard, address in enumerate(config.addresses):
@@ -147,16 +153,27 @@ class Session:
             self._check()
             return self._exchanges_of(run)
 
-    def wait_over(self, run: int) -> int:
-        """Waits until a run is over on every shard and returns how many exchanges it had."""
-        with self._changed:
-            self._wait(lambda: self._exchanges_of(run) is not None, f"the end of round {run}")
-            return self._exchanges_of(run)
+    def exchanges_of_missed(self, run: int) -> int:
+        """Returns how many exchanges a run had that another worker's state has passed.
 
-    def results_gone(self, run: int) -> bool:
-        """Returns whether the results of a run can no longer be had."""
+        The first shard, which relays the state, has announced the run before, if it had any.
+        """
         with self._changed:
-            return run in self._gone
+            return self._over[0].get(run, 0)
+
+    def wait_results(self, run: int) -> bool:
+        """Waits until the results of a run that is over have all come.
+
+        Returns:
+            `False` if they can no longer be had.
+        """
+
+        def settled() -> bool:
+            return run in self._gone or all(run in sent for sent in self._sent)
+
+        with self._changed:
+            self._wait(settled, f"the stored result of round {run}")
+            return run not in self._gone
 
     def job_over_at(self) -> tuple[int, int] | None:
         """Returns the run from which the job is over and the worker that said so, or `None`."""
@@ -221,7 +238,8 @@ class Session:
             return len(self._results.get(key, ())) >= wanted or run in self._gone
 
         with self._changed:
-            self._wait(there, f"the result of round {run}")
+            # Until the first result is there, this worker holds the state before the run.
+            self._wait(there, f"the result of round {run}", gives_state=not exchange)
             slices = self._results.get(key, {})
             if len(slices) < wanted:
                 return None
@@ -250,8 +268,9 @@ class Session:
             self._finished = run + 1
             for key in [k for k in self._results if k[0] <= run]:
                 del self._results[key]
-            for over in self._over:
+            for over, sent in zip(self._over, self._sent, strict=True):
                 over.pop(run, None)
+                sent.discard(run)
             self._gone.discard(run)
 
     def exchange_epoch(self, run: int, layout: int, values: np.ndarray) -> np.ndarray:
@@ -268,7 +287,8 @@ class Session:
         header = pb.ToAggregator(epoch=pb.EpochContribution(run=run, layout=layout))
         self._connections[0].send(wire.encode(header, memoryview(values).cast("B")))
         with self._changed:
-            self._wait(lambda: run in self._epochs, f"the metrics after run {run}")
+            what = f"the metrics after run {run}"
+            self._wait(lambda: run in self._epochs, what, gives_state=True)
             payload = self._epochs.pop(run)
             for old in [r for r in self._epochs if r < run]:
                 del self._epochs[old]
@@ -293,7 +313,8 @@ class Session:
         manifest = pb.Manifest(run=run, variables=specs)
         self._connections[0].send(wire.encode(pb.ToAggregator(manifest=manifest)))
         with self._changed:
-            self._wait(lambda: run in self._verdicts, "all workers to have built their models")
+            what = "all workers to have built their models"
+            self._wait(lambda: run in self._verdicts, what, gives_state=True)
             error = self._verdicts.pop(run)
         if error:
             raise ModelMismatchError(error)
@@ -307,7 +328,8 @@ class Session:
             values: The variables.
         """
         for index, value in enumerate(values):
-            data = memoryview(np.ascontiguousarray(value).reshape(-1)).cast("B")
+            # As bytes, since NumPy gives no buffer of bfloat16.
+            data = memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
             for offset in range(0, max(1, data.nbytes), _CHUNK_BYTES):
                 chunk = pb.StateChunk(
                     request=request,
@@ -407,10 +429,18 @@ class Session:
         if self._error is not None:
             raise self._error
 
-    def _wait(self, there: Callable[[], bool], what: str) -> None:
+    def _wait(self, there: Callable[[], bool], what: str, gives_state: bool = False) -> None:
         deadline = time.monotonic() + self.config.timeout_seconds
         while not there():
             self._check()
+            if gives_state and self._give and self.on_state_request is not None:
+                # What this wait is for may need the worker that asks.
+                self._changed.release()
+                try:
+                    self.on_state_request()
+                finally:
+                    self._changed.acquire()
+                continue
             left = deadline - time.monotonic()
             if left <= 0:
                 raise WaitTimeoutError(
@@ -434,6 +464,8 @@ class Session:
             elif body == "run_over":
                 if message.run >= self._finished:
                     self._over[shard][message.run] = message.exchanges
+                    if message.sent:
+                        self._sent[shard].add(message.run)
             elif body == "epoch_result":
                 self._epochs[message.run] = payload
             elif body == "manifest_verdict":

@@ -1,0 +1,266 @@
+"""Variables and metrics that travel between workers, by a real service over real sockets."""
+
+import functools
+from collections.abc import Callable
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from tf_syncdist.aggregation.rounds import Fate
+from tf_syncdist.errors import ModelMismatchError, ServiceError, WaitTimeoutError
+from tf_syncdist.propagation.slices import TensorSpec, plan
+from tf_syncdist.transport.session import Session
+
+Serve = Callable[..., object]
+MODEL = [("dense/kernel", "float32", (2, 3)), ("dense/bias", "float32", (3,))]
+WAY = plan([TensorSpec("float32", (2,))], 100, 1)
+
+
+def do_run(session: Session, run: int, fate: Fate = Fate.CONTRIBUTED) -> bool:
+    """Takes a worker through a run; returns whether there was a result."""
+    if fate is Fate.CONTRIBUTED:
+        session.send(run, 0, WAY, [np.ones(2, "f4")])
+    found = session.receive(run, 0, WAY, [np.empty(2, "f4")])
+    session.finish(run, 1, fate)
+    return found is not None
+
+
+def behind(serve: Serve, num_workers: int = 2, **config: float) -> tuple:
+    """A job without history whose worker 0 has done 9 runs and the others have done one.
+
+    Runs 1 to 3 were sent to the others before they were gone, so run 4 is the first they lack.
+    """
+    service = serve(num_workers, b=num_workers - 1, history_rounds=1, history_bytes=0, **config)
+    sessions = service.sessions()
+    for run in range(9):
+        assert do_run(sessions[0], run)
+    for session in sessions[1:]:
+        service.until(lambda s=session: s.exchanges_of(8) is not None)
+        for run in range(4):
+            assert session.wait_results(run)
+            assert do_run(session, run, Fate.REPLAYED)
+        assert not session.wait_results(4)
+    return service, sessions
+
+
+def test_workers_that_train_the_same_variables_agree(serve: Serve) -> None:
+    service = serve(3)
+    service.together(*(functools.partial(s.agree, 0, MODEL) for s in service.sessions()))
+
+
+def test_workers_that_train_other_variables_all_learn_which(serve: Serve) -> None:
+    service = serve(3)
+    other = [MODEL[0], ("dense/bias", "float32", (4,))]
+
+    def agree(session: Session, variables: list) -> str:
+        with pytest.raises(ModelMismatchError) as error:
+            session.agree(0, variables)
+        return str(error.value)
+
+    errors = service.together(
+        *(
+            functools.partial(agree, s, m)
+            for s, m in zip(service.sessions(), [MODEL, other, MODEL], strict=True)
+        )
+    )
+    assert len(set(errors)) == 1
+    assert "dense/bias (float32, shape [3]) on worker 0" in errors[0]
+    assert "dense/bias (float32, shape [4]) on worker 1" in errors[0]
+
+
+def state() -> list[np.ndarray]:
+    """Variables of many types and sizes; the first one travels in several pieces."""
+    rng = np.random.default_rng(0)
+    return [
+        rng.normal(size=(3, 2**18)).astype("f4"),
+        np.array(7, "i8"),
+        np.zeros((0, 3), "f4"),
+        rng.normal(size=5).astype("f8"),
+        np.array([True, False]),
+        rng.normal(size=3).astype("f2"),
+        np.asfortranarray(rng.integers(0, 255, (4, 5)).astype("u1")),
+        np.zeros((2, 0), "i4"),
+    ]
+
+
+def specs_of(values: list[np.ndarray]) -> list[tuple[str, str, tuple[int, ...]]]:
+    """What a worker says about its variables."""
+    return [(f"v{i}", v.dtype.name, v.shape) for i, v in enumerate(values)]
+
+
+def same(values: list[np.ndarray], others: list[np.ndarray]) -> bool:
+    """Whether variables are equal, bit for bit."""
+    return all(
+        (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+        for a, b in zip(values, others, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    "values",
+    [state(), [np.arange(3).astype(ml_dtypes.bfloat16)]],
+    ids=["many", "bfloat16"],
+)
+def test_the_variables_of_worker_0_come_to_all_others(
+    serve: Serve, values: list[np.ndarray]
+) -> None:
+    service = serve(3)
+    specs = specs_of(values)
+
+    def start(session: Session) -> list[np.ndarray]:
+        session.agree(7, specs)
+        if session.config.worker == 0:
+            session.give_state(0, 7, values)
+            return values
+        received = session.receive_state(specs)
+        assert received.run == 7
+        return received.values
+
+    for received in service.together(*(functools.partial(start, s) for s in service.sessions())):
+        assert same(received, values)
+
+
+def test_a_worker_too_far_behind_gets_the_state_of_one_that_is_not(serve: Serve) -> None:
+    service, (giver, receiver) = behind(serve)
+    assert receiver.receive(4, 0, WAY, [np.empty(2, "f4")]) is None
+    receiver.request_state(4)
+    (request,) = service.until(giver.take_state_requests)
+    assert giver.take_state_requests() == []
+    values = state()
+    giver.give_state(request, 9, values)
+    received = receiver.receive_state(specs_of(values))
+    assert received.run == 9 and same(received.values, values)
+    # Both go on from there.
+    for run in range(4, 9):
+        receiver.finish(run, receiver.exchanges_of_missed(run), Fate.MISSED)
+    assert do_run(giver, 9)
+    service.until(lambda: receiver.exchanges_of(9) is not None)
+    assert do_run(receiver, 9, Fate.REPLAYED)
+    service.until(lambda: giver.report().workers[1].replayed == 10)
+    report = giver.report().workers[1]
+    assert (report.missed, report.contributed, report.late) == (5, 0, 0)
+
+
+def test_a_worker_that_is_not_behind_gets_no_state(serve: Serve) -> None:
+    first, second = serve(2).sessions()
+    second.request_state(0)
+    with pytest.raises(ServiceError, match="INVALID_ARGUMENT.*further than worker 1"):
+        second.receive_state(MODEL)
+    assert first.take_state_requests() == []
+
+
+def test_state_that_nobody_asked_for_goes_nowhere(serve: Serve) -> None:
+    _, (giver, receiver) = behind(serve, timeout_seconds=0.5)
+    giver.give_state(77, 9, state())
+    with pytest.raises(WaitTimeoutError):
+        receiver.receive_state(MODEL)
+    assert not giver.has_failed
+
+
+def test_a_worker_that_was_not_asked_may_not_answer(serve: Serve) -> None:
+    service, (giver, receiver, third) = behind(serve, 3)
+    receiver.request_state(4)
+    (request,) = service.until(giver.take_state_requests)
+    third.give_state(request, 4, state())
+    service.until(lambda: third.has_failed)
+    with pytest.raises(ServiceError, match="INVALID_ARGUMENT.*from worker 0.*worker=2"):
+        third.exchanges_of(9)
+    values = state()
+    giver.give_state(request, 9, values)
+    assert same(receiver.receive_state(specs_of(values)).values, values)
+
+
+def test_another_worker_is_asked_when_the_giver_is_lost(serve: Serve) -> None:
+    service, (giver, receiver, third) = behind(serve, 3)
+    for run in range(4, 9):
+        third.finish(run, 1, Fate.MISSED)
+    service.until(lambda: third.report().workers[2].missed == 5)
+    receiver.request_state(4)
+    service.until(giver.take_state_requests)
+    giver.close()
+    (request,) = service.until(third.take_state_requests)
+    values = state()
+    third.give_state(request, 9, values)
+    assert same(receiver.receive_state(specs_of(values)).values, values)
+
+
+def test_a_receiver_is_told_when_the_only_possible_giver_is_lost(serve: Serve) -> None:
+    service, (giver, receiver) = behind(serve, timeout_seconds=3)
+    receiver.request_state(4)
+    service.until(giver.take_state_requests)
+    giver.close()
+    with pytest.raises(ServiceError):
+        receiver.receive_state(MODEL)
+
+
+def test_others_go_on_when_the_only_possible_giver_is_lost(serve: Serve) -> None:
+    service, (giver, receiver, third) = behind(serve, 3)
+    receiver.request_state(4)
+    service.until(giver.take_state_requests)
+    giver.close()
+    service.until(lambda: any("worker 0 is gone" in n for n in service.notices[2]), seconds=3)
+    receiver.close()
+    for run in range(4, 9):
+        third.finish(run, 1, Fate.MISSED)
+    assert do_run(third, 9)
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000])
+def test_metrics_are_summed_to_the_same_bytes(serve: Serve, size: int) -> None:
+    service = serve(3, shards=2)
+    sessions = service.sessions()
+    values = np.random.default_rng(0).normal(size=(2, 3, size))
+    for run in range(2):
+        results = service.together(
+            *(
+                functools.partial(s.exchange_epoch, run, 5, v)
+                for s, v in zip(sessions, values[run], strict=True)
+            )
+        )
+        assert len({r.tobytes() for r in results}) == 1
+        np.testing.assert_allclose(results[0], values[run].sum(0), atol=1e-12)
+
+
+def test_who_is_late_gets_the_metrics_of_the_others(serve: Serve) -> None:
+    service = serve(3, b=1)
+    first, second, slow = service.sessions()
+    one = np.ones(2)
+    on_time = service.together(
+        *(functools.partial(s.exchange_epoch, 0, 5, one) for s in (first, second))
+    )
+    assert [r.tolist() for r in on_time] == [[2, 2]] * 2
+    assert slow.exchange_epoch(0, 5, one * 100).tolist() == [2, 2]
+
+
+def test_nobody_waits_for_the_metrics_of_a_worker_that_goes_on_or_leaves(serve: Serve) -> None:
+    service = serve(3)
+    first, second, leaver = service.sessions()
+
+    def go_on() -> None:
+        second.finish(0, 0, Fate.CONTRIBUTED)
+        leaver.close()
+
+    result, _ = service.together(lambda: first.exchange_epoch(0, 5, np.ones(2)), go_on)
+    assert result.tolist() == [1, 1]
+
+
+def test_metrics_that_differ_are_refused(serve: Serve) -> None:
+    """Whoever comes second is refused, and the first goes on alone."""
+    service = serve(2)
+
+    def exchange(session: Session, size: int) -> str | list[float]:
+        try:
+            return session.exchange_epoch(0, 5, np.ones(size)).tolist()
+        except ServiceError as e:
+            return str(e)
+
+    results = service.together(
+        *(
+            functools.partial(exchange, s, n)
+            for s, n in zip(service.sessions(), (2, 3), strict=True)
+        )
+    )
+    (error,) = (r for r in results if isinstance(r, str))
+    assert "INVALID_ARGUMENT" in error and "2 value(s)" in error and "3 value(s)" in error
+    assert [1.0, 1.0] in results or [1.0, 1.0, 1.0] in results
