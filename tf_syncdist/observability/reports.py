@@ -50,8 +50,13 @@ class Report(NamedTuple):
                 line = f"worker {w.worker} was late in {missed} of {self.rounds} rounds"
                 if w.replayed:
                     line += f" ({w.replayed} of them replayed without computing)"
-            else:
+            elif w.contributed == self.rounds:
                 line = f"worker {w.worker} was in time in all {self.rounds} rounds"
+            else:
+                line = f"worker {w.worker} was in time in {w.contributed} of {self.rounds} rounds"
+            absent = self.rounds - w.contributed - w.late - w.replayed
+            if absent > 0:
+                line += f" and absent from {absent}"
             where = "behind" if behind > 0 else "ahead of"
             delay = "at" if abs(behind) < 0.5 else f"{abs(behind):.0f} ms {where}"
             lines.append(f"{line}, {delay} the median")

@@ -1,0 +1,27 @@
+"""The lines of a report."""
+
+from tf_syncdist.observability.reports import Report, WorkerReport
+
+
+def test_every_worker_has_a_line_that_says_how_it_did() -> None:
+    report = Report(
+        120,
+        (
+            WorkerReport(0, 120, 0, 0, 0, 0, 0.001),
+            WorkerReport(1, 119, 1, 1, 0, 0, 0.012),
+            WorkerReport(2, 89, 3, 0, 28, 0, 0.160),
+            WorkerReport(3, 7, 0, 0, 0, 0, 0.012),
+        ),
+    )
+    assert str(report).splitlines() == [
+        "120 rounds with 4 workers",
+        "worker 0 was in time in all 120 rounds, 11 ms ahead of the median",
+        "worker 1 was late in 1 of 120 rounds, at the median",
+        "worker 2 was late in 31 of 120 rounds (28 of them replayed without computing), "
+        "148 ms behind the median",
+        "worker 3 was in time in 7 of 120 rounds and absent from 113, at the median",
+    ]
+
+
+def test_a_single_worker_has_no_rounds_with_others() -> None:
+    assert str(Report(0, ())) == "0 rounds by a single worker"
