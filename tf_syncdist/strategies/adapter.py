@@ -146,6 +146,15 @@ def convert(fn: Callable) -> Callable:
     return autograph.tf_convert(fn, ag_ctx.control_status_ctx(), convert_by_default=False)
 
 
+def own_code(method: Callable) -> Callable:
+    """Keeps AutoGraph from converting a method of ours that a tf.function calls.
+
+    Unlike tf.autograph.experimental.do_not_convert, it leaves the status as it is for the user's
+    functions that the method calls.
+    """
+    return autograph.autograph_artifact(method)
+
+
 def is_tf_function(fn: Callable) -> bool:
     """Returns whether `fn` is a tf.function."""
     return hasattr(fn, "python_function") and hasattr(fn, "get_concrete_function")

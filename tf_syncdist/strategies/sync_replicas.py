@@ -199,6 +199,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
 
     # Runs.
 
+    @adapter.own_code
     def run(
         self, fn: Callable, args: tuple = (), kwargs: dict | None = None, options: Any = None
     ) -> Any:
@@ -288,6 +289,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
 
     # Values.
 
+    @adapter.own_code
     def reduce(self, reduce_op: Any, value: Any, axis: int | None = None) -> Any:
         """Combines a value over this worker's replicas; nothing travels.
 

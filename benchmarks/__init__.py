@@ -1,0 +1,1 @@
+"""Benchmarks of tf_syncdist, each one run with `python -m benchmarks.NAME`."""
