@@ -171,6 +171,10 @@ class Service:
         """Opens the sessions of all workers."""
         return [self.session(worker) for worker in range(self.config.num_workers)]
 
+    def worker(self, worker: int, **changes: Any) -> Worker:
+        """Starts the program of a worker."""
+        return Worker(self.session(worker, **changes))
+
     def workers(self) -> list[Worker]:
         """Starts the programs of all workers."""
         return [Worker(session) for session in self.sessions()]

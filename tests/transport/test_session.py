@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from tf_syncdist.aggregation.job import Job
 from tf_syncdist.aggregation.rounds import Fate
 from tf_syncdist.errors import (
     AggregatorUnreachableError,
@@ -66,6 +67,11 @@ def total(workers: list[int], run: int = 0) -> list[np.ndarray]:
     ]
 
 
+def counts(job: Job) -> list[tuple[int, ...]]:
+    """What a shard has counted for every worker."""
+    return [(w.contributed, w.late, w.partly_used, w.replayed) for w in job.report().workers]
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_everybody_gets_the_sum_of_the_first_n_and_the_late_one_too(
     serve: Serve, shards: int
@@ -77,13 +83,10 @@ def test_everybody_gets_the_sum_of_the_first_n_and_the_late_one_too(
     assert slow.exchanges_of(0) == 1
     third = do_run(slow, 0)
     assert same(first, total([0, 1])) and same(second, first) and same(third, first)
-    service.until(lambda: slow.report().workers[2].late)
     for server in service.servers:
-        service.until(lambda s=server: s.job.report().workers[2].late)
-        report = server.job.report()
-        assert report.rounds == 1
-        counts = [(w.contributed, w.late, w.partly_used, w.replayed) for w in report.workers]
-        assert counts == [(1, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0)]
+        service.until(lambda job=server.job: sum(map(sum, counts(job))) == 3)
+        assert counts(server.job) == [(1, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0)]
+        assert server.job.report().rounds == 1
 
 
 @pytest.mark.parametrize("num_workers, b, shards", [(1, 0, 2), (2, 0, 2), (4, 1, 1), (4, 2, 3)])
@@ -108,8 +111,7 @@ def test_many_runs_give_the_same_bytes_to_all(
 
 
 def test_what_was_sent_may_be_overwritten_at_once(serve: Serve) -> None:
-    service = serve(1)
-    (session,) = service.sessions()
+    (session,) = serve(1).sessions()
     mine = values(0)
     session.send(0, 0, way(), mine)
     for array in mine:
@@ -126,9 +128,9 @@ def test_tensors_that_are_not_contiguous_can_be_sent(serve: Serve) -> None:
 
 def test_an_exchange_of_nothing_has_a_result_at_once(serve: Serve) -> None:
     session, _ = serve(2).sessions()
-    nothing = plan(SPECS[2:], 48, 1)
-    session.send(0, 0, nothing, [np.zeros((0, 3), "f4")])
-    assert session.receive(0, 0, nothing, [np.zeros((0, 3), "f4")]) == (0, 0)
+    nothing, empty = plan(SPECS[2:], 48, 1), [np.zeros((0, 3), "f4")]
+    session.send(0, 0, nothing, empty)
+    assert session.receive(0, 0, nothing, empty) == (0, 0)
 
 
 def test_who_disconnects_lets_the_others_go_on(serve: Serve) -> None:
@@ -158,9 +160,8 @@ def test_workers_must_believe_in_the_same_job(serve: Serve, name: str, value: ob
     service.session(0)
     with pytest.raises(ServiceError, match=f"INVALID_ARGUMENT.*same `{name}`") as error:
         service.session(1, **{name: value})
-    assert repr(value) in str(error.value) and repr(getattr(service.config, name)) in str(
-        error.value
-    )
+    for both in (value, getattr(service.config, name)):
+        assert repr(both) in str(error.value)
     # The refused worker can come again with the right arguments.
     assert service.session(1).job_seed == service.session(2).job_seed
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tf_syncdist.aggregation.rounds import Fate
-from tf_syncdist.errors import ModelMismatchError, ServiceError, WaitTimeoutError
+from tf_syncdist.errors import ModelMismatchError, ServiceError, SyncDistError, WaitTimeoutError
 from tf_syncdist.propagation.slices import TensorSpec, plan
 from tf_syncdist.transport.session import Session
 
@@ -119,6 +119,17 @@ def test_the_variables_of_worker_0_come_to_all_others(
 
     for received in service.together(*(functools.partial(start, s) for s in service.sessions())):
         assert same(received, values)
+
+
+def test_workers_learn_that_worker_0_is_lost_before_it_gave_its_variables(serve: Serve) -> None:
+    service = serve(3, timeout_seconds=3)
+    first, *others = service.sessions()
+    service.together(*(functools.partial(s.agree, 0, MODEL) for s in (first, *others)))
+    first.close()
+    for session in others:
+        with pytest.raises(SyncDistError) as error:
+            session.receive_state(MODEL)
+        assert not isinstance(error.value, WaitTimeoutError)
 
 
 def test_a_worker_too_far_behind_gets_the_state_of_one_that_is_not(serve: Serve) -> None:

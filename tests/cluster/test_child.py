@@ -1,0 +1,251 @@
+"""The aggregation service as a process."""
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tf_syncdist import cutoff
+from tf_syncdist.cluster import child
+from tf_syncdist.cluster.addresses import is_loopback
+from tf_syncdist.cluster.child import ChildAggregator
+from tf_syncdist.cluster.roles import ClusterRole
+from tf_syncdist.errors import AggregatorUnreachableError, ClusterConfigError
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.transport.session import Session, SessionConfig
+
+
+def free_port() -> int:
+    """Returns a port on which nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def can_connect(port: int) -> bool:
+    """Whether somebody listens on a port of this machine."""
+    with contextlib.closing(socket.socket()) as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def until_free(port: int, seconds: float = 10.0) -> None:
+    """Waits until nobody listens on a port any more."""
+    deadline = time.monotonic() + seconds
+    while can_connect(port):
+        assert time.monotonic() < deadline, f"somebody still listens on port {port}"
+        time.sleep(0.02)
+
+
+def join(port: int, num_workers: int = 1, worker: int = 0) -> Session:
+    """Opens the session of a worker."""
+    policy = cutoff.serialize(cutoff.FullSync())
+    config = SessionConfig((f"127.0.0.1:{port}",), worker, num_workers, policy)
+    return Session(config._replace(connect_timeout_seconds=10, timeout_seconds=10), print)
+
+
+@contextlib.contextmanager
+def aggregator(*args: str) -> Iterator[tuple[subprocess.Popen, int]]:
+    """Starts the service as a user would; yields the process and its port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tf_syncdist.aggregator", "--port=0", *args],
+        env=child.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        line = process.stdout.readline()
+        found = re.fullmatch(r"tf_syncdist aggregator listening on 127\.0\.0\.1:(\d+)\n", line)
+        assert found, line + process.stdout.read()
+        yield process, int(found[1])
+    finally:
+        process.kill()
+        process.wait(10)
+        process.stdout.close()
+
+
+def refusal(*args: str) -> list[str]:
+    """Returns what the service prints when it does not start."""
+    result = subprocess.run(
+        [sys.executable, "-m", "tf_syncdist.aggregator", *args],
+        env=child.environment(),
+        capture_output=True,
+        timeout=30,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stdout == "" and "Traceback" not in result.stderr
+    return result.stderr.splitlines()
+
+
+def test_the_service_starts_quickly_and_small_and_without_tensorflow() -> None:
+    """A second and 60 MB where nothing else runs; the limits here leave room for a busy machine."""
+    started = time.monotonic()
+    with aggregator() as (process, port):
+        with contextlib.closing(join(port)) as session:
+            assert time.monotonic() - started < 5
+            assert session.report().rounds == 0
+            maps = Path(f"/proc/{process.pid}/maps").read_text()
+            status = Path(f"/proc/{process.pid}/status").read_text()
+        assert "grpc" in maps and "numpy" in maps
+        assert "tensorflow" not in maps and "keras" not in maps
+        assert int(re.search(r"VmRSS:\s+(\d+) kB", status)[1]) < 150_000
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("connected", [False, True])
+def test_the_service_ends_soon_after_a_signal(number: signal.Signals, connected: bool) -> None:
+    with aggregator() as (process, port):
+        session = join(port) if connected else None
+        started = time.monotonic()
+        process.send_signal(number)
+        assert process.wait(10) == 0
+        assert time.monotonic() - started < 2
+        assert "Traceback" not in process.stdout.read()
+        if session is not None:
+            session.close()
+            assert session.has_failed
+
+
+def test_the_service_ends_with_its_job_and_says_who_came_and_went() -> None:
+    with aggregator() as (process, port):
+        first, second = join(port, 2), join(port, 2, 1)
+        second.close()
+        first.goodbye(pb.FINISHED, 7)
+        assert first.wait_all_gone(10, lambda: None)
+        first.close()
+        assert process.wait(10) == 0
+        lines = process.stdout.read().splitlines()
+        assert all(line.startswith("tf_syncdist aggregator: ") for line in lines)
+        text = "\n".join(lines)
+        for part in ("worker 0 joined", "worker 1 joined (2 of 2)", "worker 1 is gone"):
+            assert part in text
+        assert "worker 0 left after 7 run(s): finished" in text
+
+
+def test_the_service_gives_up_after_its_time() -> None:
+    with aggregator("--max_seconds=0.3") as (process, _):
+        assert process.wait(10) == 0
+
+
+@pytest.mark.parametrize(
+    "host, named", [("0.0.0.0", ["0.0.0.0", "--insecure", "127.0.0.1"]), ("192.0.2.7", ["192.0"])]
+)
+def test_an_address_beyond_loopback_is_refused_in_one_line(host: str, named: list[str]) -> None:
+    (line,) = refusal(f"--host={host}")
+    assert all(part in line for part in ("tf_syncdist aggregator: Expected", *named))
+
+
+def test_an_address_that_cannot_be_had_is_refused() -> None:
+    """The last line is ours; gRPC prints some before it."""
+    assert "192.0.2.7:0, which cannot" in refusal("--host=192.0.2.7", "--insecure")[-1]
+    with aggregator() as (_, port):
+        assert f"127.0.0.1:{port}, which cannot" in refusal(f"--port={port}")[-1]
+
+
+def test_a_child_serves_until_it_is_closed() -> None:
+    port = free_port()
+    with ChildAggregator(f"127.0.0.1:{port}", insecure=False) as service:
+        with contextlib.closing(join(port, 2)) as session:
+            assert session.report().rounds == 0
+        assert can_connect(port)
+    assert not can_connect(port)
+    service.close()
+    with ChildAggregator(f"localhost:{port}", insecure=False):
+        assert can_connect(port), "the port can be used again at once"
+
+
+def test_a_child_ends_when_its_parent_is_killed() -> None:
+    """Even while another child of the parent lives on."""
+    port = free_port()
+    code = f"""
+        import subprocess, time
+        from tf_syncdist.cluster.child import ChildAggregator
+        service = ChildAggregator("127.0.0.1:{port}", insecure=False)
+        other = subprocess.Popen(["sleep", "30"])
+        print(other.pid, flush=True)
+        time.sleep(60)
+    """
+    parent = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=child.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        other = int(parent.stdout.readline())
+        try:
+            assert can_connect(port)
+            parent.kill()
+            parent.wait(10)
+            until_free(port)
+        finally:
+            os.kill(other, signal.SIGKILL)
+    finally:
+        parent.kill()
+        parent.wait(10)
+        parent.stdout.close()
+
+
+def test_a_port_in_use_is_an_error_that_names_it() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(AggregatorUnreachableError, match=f"{address}.*exit code 1.*in use"):
+            ChildAggregator(address, insecure=False)
+
+
+def test_a_child_that_does_not_start_in_time_is_ended() -> None:
+    port = free_port()
+    started = time.monotonic()
+    with pytest.raises(AggregatorUnreachableError, match="within 0.01 s"):
+        ChildAggregator(f"127.0.0.1:{port}", insecure=False, timeout_seconds=0.01)
+    assert time.monotonic() - started < 10
+    assert not can_connect(port)
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:5000", "192.0.2.7:5000", "[2001:db8::1]:5000"])
+def test_an_address_beyond_loopback_has_to_be_allowed(address: str) -> None:
+    with pytest.raises(ClusterConfigError, match="insecure=True") as error:
+        ChildAggregator(address, insecure=False)
+    assert repr(address) in str(error.value)
+    with pytest.raises(ClusterConfigError):
+        child.become_aggregator(ClusterRole("ps", 0, ("a:1", "b:1"), (address,)), insecure=False)
+    command = child.command(address, insecure=True)
+    assert {"--port=5000", "--insecure"} <= set(command)
+
+
+@pytest.mark.parametrize(
+    "address, host",
+    [("127.0.0.1:7", "127.0.0.1"), ("localhost:7", "127.0.0.1"), ("[::1]:7", "::1")],
+)
+def test_loopback_addresses_are_served_as_they_are(address: str, host: str) -> None:
+    command = child.command(address, insecure=False)
+    assert {"--port=7", f"--host={host}"} <= set(command) and "--insecure" not in command
+    assert command == child.command(address, insecure=True)
+
+
+@pytest.mark.parametrize(
+    "host, expected",
+    [
+        ("127.0.0.1", True),
+        ("127.9.8.7", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("192.0.2.7", False),
+        ("no such host", False),
+        ("", False),
+    ],
+)
+def test_is_loopback(host: str, expected: bool) -> None:
+    assert is_loopback(host) is expected

@@ -1,0 +1,66 @@
+"""What every worker program of these tests does: read arguments, meet the others, write results."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+import tf_syncdist
+
+ARGUMENTS: dict[str, Any] = json.loads(sys.argv[1])
+_DIRECTORY = Path(ARGUMENTS["directory"])
+
+# The machine may be busy with other tests.
+PATIENCE = {"connect_timeout_seconds": 100.0, "timeout_seconds": 150.0}
+
+
+def meet(strategy: tf_syncdist.SyncReplicasStrategy, place: str, seconds: float = 100.0) -> None:
+    """Waits until every worker has come here; no part of what is tested."""
+    (_DIRECTORY / f"{place}.{strategy.worker_index}").touch()
+    deadline = time.monotonic() + seconds
+    while len(list(_DIRECTORY.glob(f"{place}.*"))) < strategy.num_workers:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not all workers came to {place!r} within {seconds:g} s")
+        time.sleep(0.02)
+
+
+def slowly(value: tf.Tensor, seconds: float) -> tf.Tensor:
+    """Returns a tensor as it is, after a pause in the graph."""
+    if not seconds:
+        return value
+
+    def pause() -> int:
+        time.sleep(seconds)
+        return 0
+
+    with tf.control_dependencies([tf.numpy_function(pause, [], tf.int64)]):
+        return tf.identity(value)
+
+
+def counts(strategy: tf_syncdist.SyncReplicasStrategy) -> dict[str, Any]:
+    """Returns this worker's own counts and, as soon as all of it has arrived, the job's report."""
+    meet(strategy, "report")
+    deadline = time.monotonic() + 10
+    while True:
+        report = strategy.report()
+        arrived = [w.contributed + w.late + w.replayed for w in report.workers]
+        if arrived == [report.rounds] * strategy.num_workers or time.monotonic() > deadline:
+            break
+        time.sleep(0.1)
+    return {
+        "local": strategy.local_report()._asdict(),
+        "report": {"rounds": report.rounds, "workers": [w._asdict() for w in report.workers]},
+        "report_text": str(report),
+    }
+
+
+def write(worker: int, results: dict[str, Any]) -> None:
+    """Writes this worker's results, all at once."""
+    path = _DIRECTORY / f"worker-{worker}.json"
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(results))
+    os.replace(unfinished, path)
