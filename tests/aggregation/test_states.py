@@ -29,11 +29,11 @@ def test_a_difference_is_the_verdict() -> None:
 def test_chunks_that_come_early_are_kept_until_all_agree_and_relayed_in_order_then() -> None:
     states = States(2)
     states.manifest(0, 0, MODEL)
-    assert not states.start_chunk(0, 0, b"a")
-    assert not states.start_chunk(0, 0, b"b")
+    assert not states.start_chunk(0, 0, b"a", False)
+    assert not states.start_chunk(0, 0, b"b", False)
     assert states.manifest(1, 0, MODEL) == ("", [b"a", b"b"])
-    assert states.start_chunk(0, 0, b"c")
-    assert states.start_chunk(0, 0, b"d")
+    assert states.start_chunk(0, 0, b"c", False)
+    assert states.start_chunk(0, 0, b"d", False)
 
 
 def test_models_built_later_are_agreed_on_separately() -> None:
@@ -43,20 +43,20 @@ def test_models_built_later_are_agreed_on_separately() -> None:
     assert states.waiting_for() == {0: [1], 7: [1]}
     assert states.manifest(1, 7, MODEL) == ("", [])
     assert states.waiting_for() == {0: [1]}
-    assert states.start_chunk(0, 7, b"a") and not states.start_chunk(0, 0, b"b")
+    assert states.start_chunk(0, 7, b"a", False) and not states.start_chunk(0, 0, b"b", False)
     assert states.manifest(1, 0, MODEL) == ("", [b"b"])
     assert states.waiting_for() == {}
 
 
 def test_only_worker_0_gives_the_variables_at_the_start() -> None:
     with pytest.raises(RoundError, match="worker=1, run=3"):
-        States(2).start_chunk(1, 3, b"a")
+        States(2).start_chunk(1, 3, b"a", False)
 
 
 def test_a_worker_that_left_is_not_waited_for() -> None:
     states = States(3)
     states.manifest(0, 0, MODEL)
-    states.start_chunk(0, 0, b"a")
+    states.start_chunk(0, 0, b"a", False)
     states.manifest(1, 0, MODEL)
     assert states.waiting_for() == {0: [2]}
     assert states.leave(2) == [(0, "", [b"a"])]

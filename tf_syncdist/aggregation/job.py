@@ -260,14 +260,14 @@ class Job:
     ) -> None:
         # The field numbers of a chunk differ between the two directions, so it is wrapped anew.
         relayed = wire.encode(pb.ToWorker(state_chunk=message), payload)
-        if not message.request:
-            if self._states.start_chunk(worker, message.run, relayed):
-                self._relay(relayed)
-            return
         last = (
             message.variable + 1 == message.num_variables
             and message.offset + payload.nbytes == message.total
         )
+        if not message.request:
+            if self._states.start_chunk(worker, message.run, relayed, last):
+                self._relay(relayed)
+            return
         receiver = self._states.chunk(worker, message.request, last)
         if receiver in self._streams:
             self._streams[receiver].put(relayed)

@@ -18,6 +18,7 @@ class _Start:
         self.manifests: dict[int, list[manifests.Variable]] = {}
         self.chunks: list[bytes] = []
         self.agreed = False
+        self.given = False
 
 
 class States:
@@ -59,7 +60,7 @@ class States:
             if not start.agreed
         }
 
-    def start_chunk(self, worker: int, run: int, message: bytes) -> bool:
+    def start_chunk(self, worker: int, run: int, message: bytes, last: bool) -> bool:
         """Takes a piece of worker 0's variables; returns whether to send it on now."""
         if worker != 0:
             raise RoundError(
@@ -67,6 +68,7 @@ class States:
                 f"Received: worker={worker}, run={run}."
             )
         start = self._starts.setdefault(run, _Start())
+        start.given = start.given or last
         if not start.agreed:
             start.chunks.append(message)
         return start.agreed
@@ -83,7 +85,7 @@ class States:
 
     def _verdict(self, run: int) -> tuple[str | None, list[bytes]]:
         start = self._starts[run]
-        if 0 not in self._expected and not start.chunks and not start.agreed:
+        if 0 not in self._expected and not start.given:
             return (
                 "Expected worker 0 to give the variables that all workers start from. Received: "
                 "worker 0 has left the job. Look at its log, and start the job again."

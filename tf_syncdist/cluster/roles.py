@@ -62,7 +62,10 @@ def resolve(cluster_resolver: object | None = None) -> ClusterRole:
     import tensorflow as tf
 
     if cluster_resolver is None:
-        _check_tf_config(os.environ.get("TF_CONFIG", ""))
+        text = os.environ.get("TF_CONFIG", "").strip()
+        if not text:
+            return SINGLE_WORKER
+        _check_tf_config(text)
         cluster_resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     cluster = cluster_resolver.cluster_spec().as_dict()
     return role_in(cluster, cluster_resolver.task_type, cluster_resolver.task_id)
@@ -113,8 +116,6 @@ def _addresses(tasks: object) -> list[str]:
 
 def _check_tf_config(text: str) -> None:
     """Foresees what TensorFlow's resolver would answer with a bare KeyError or JSON error."""
-    if not text:
-        return
     example = (
         '{"cluster": {"worker": ["127.0.0.1:5000", "127.0.0.1:5001"]}, '
         '"task": {"type": "worker", "index": 0}}'
@@ -131,9 +132,15 @@ def _check_tf_config(text: str) -> None:
             f"Expected TF_CONFIG to be an object such as {example}. Received: {text[:200]!r}."
         )
     for name, tasks in cluster.items():
-        good = isinstance(tasks, list | dict) and all(
+        if isinstance(tasks, dict):
+            good = all(index.isdigit() for index in tasks)
+            addresses = list(tasks.values())
+        else:
+            good = isinstance(tasks, list)
+            addresses = tasks if good else []
+        good = good and all(
             isinstance(a, str) and a.rpartition(":")[2].isdigit() and a.rpartition(":")[0]
-            for a in (tasks.values() if isinstance(tasks, dict) else tasks)
+            for a in addresses
         )
         if not good:
             raise ClusterConfigError(

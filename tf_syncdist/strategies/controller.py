@@ -7,7 +7,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from tf_syncdist.errors import SyncDistError
 from tf_syncdist.propagation.slices import Plan, TensorSpec, plan
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport.session import Session, State
@@ -122,6 +121,7 @@ class RunController:
         self._mode = Mode.COMPUTE
         self._substitute = False
         self._late = False
+        self._lost = False
         self._exchange = 0
         self._over = False
         self._resume_at = 0
@@ -136,7 +136,7 @@ class RunController:
         with _recorded(self):
             self._on_begin()
             self._exchange = 0
-            self._substitute = self._late = False
+            self._substitute = self._late = self._lost = False
             self.answer_state_requests()
             self._mode = self._decide(site)
             return self._mode
@@ -167,6 +167,9 @@ class RunController:
         with _recorded(self):
             if self._over:
                 return
+            if self._lost:
+                self._refresh()
+                self._mode = Mode.SKIP
             if self._mode is Mode.COMPUTE:
                 site.outputs = None if outputs is None else [np.array(o) for o in outputs]
                 fate = pb.REPLAYED if self._substitute else pb.CONTRIBUTED
@@ -210,6 +213,8 @@ class RunController:
 
         Not while a run updates them. A worker that skips runs holds the state after these.
         """
+        if self._lost:
+            return
         for request in self._session.take_state_requests():
             run = max(self.run, self._resume_at)
             self._session.give_state(request, run, self._store.read())
@@ -280,10 +285,10 @@ class RunController:
         results = [np.empty(a.shape, a.dtype) for a in likes]
         found = self._session.receive(self.run, number, way, results)
         if found is None:
-            raise SyncDistError(
-                f"The results of round {self.run} are no longer kept, although worker "
-                f"{self._session.config.worker} was in it. Please report this."
-            )
+            # The service heard so late of this run that it had forgotten the results. What the
+            # run makes of zeros is overwritten by another worker's state when it ends.
+            self._lost = True
+            return [np.zeros(a.shape, a.dtype) for a in likes]
         used, total = found
         if computes and used < total:
             self._late = True

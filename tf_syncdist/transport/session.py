@@ -347,9 +347,14 @@ class Session:
         """Waits for variables that were asked for, or that worker 0 gives at the start."""
         with self._changed:
             self._wait(
-                lambda: any(i.missing == 0 for i in self._incoming.values()),
+                lambda: (
+                    any(self._verdicts.values())
+                    or any(i.missing == 0 for i in self._incoming.values())
+                ),
                 "the variables of an up-to-date worker",
             )
+            if any(self._verdicts.values()):
+                raise ServiceError(next(filter(None, self._verdicts.values())))
             request, incoming = next((r, i) for r, i in self._incoming.items() if i.missing == 0)
             del self._incoming[request]
         values = []
