@@ -42,7 +42,9 @@ def main(argv: list[str]) -> None:
     with server:
         print(f"tf_syncdist aggregator listening on {_HOST.value}:{server.port}", flush=True)
         if _PARENT_FD.value >= 0:
-            threading.Thread(target=_watch, args=(_PARENT_FD.value, stop), daemon=True).start()
+            threading.Thread(
+                target=_watch, args=(_PARENT_FD.value, server, stop), daemon=True
+            ).start()
         waited = 0.0
         while not stop.is_set() and waited < _START_SECONDS.value:
             if server.wait(0.2):
@@ -50,9 +52,12 @@ def main(argv: list[str]) -> None:
             waited += 0.2
 
 
-def _watch(fd: int, stop: threading.Event) -> None:
+def _watch(fd: int, server: AggregatorServer, stop: threading.Event) -> None:
     while os.read(fd, 1):
         pass
+    if server.job.in_progress:
+        # Worker 0 is dead, and the job ends with it: no round may be closed without it now.
+        os._exit(1)
     stop.set()
 
 

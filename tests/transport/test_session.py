@@ -208,8 +208,7 @@ def test_an_address_without_service_is_an_error_in_time(serve: Serve, listens: b
         with pytest.raises(AggregatorUnreachableError, match=f"{address} within 0.5 s"):
             service.session(0, addresses=addresses, connect_timeout_seconds=0.5)
     assert 0.4 < time.monotonic() - started < 5
-    # The stream to the shard that does answer was ended.
-    assert service.servers[0].wait(5)
+    assert service.servers[0].wait(5), "the stream to the shard that does answer was ended"
 
 
 def test_a_service_that_goes_away_is_an_error_that_names_it(serve: Serve) -> None:

@@ -102,16 +102,21 @@ def same(values: list[np.ndarray], others: list[np.ndarray]) -> bool:
     [state(), [np.arange(3).astype(ml_dtypes.bfloat16)]],
     ids=["many", "bfloat16"],
 )
+@pytest.mark.parametrize("early", [False, True], ids=["after", "before"])
 def test_the_variables_of_worker_0_come_to_all_others(
-    serve: Serve, values: list[np.ndarray]
+    serve: Serve, values: list[np.ndarray], early: bool
 ) -> None:
+    """Whether it gives them after all agree, or before."""
     service = serve(3)
     specs = specs_of(values)
 
     def start(session: Session) -> list[np.ndarray]:
+        if session.config.worker == 0 and early:
+            session.give_state(0, 7, values)
         session.agree(7, specs)
         if session.config.worker == 0:
-            session.give_state(0, 7, values)
+            if not early:
+                session.give_state(0, 7, values)
             return values
         received = session.receive_state(specs)
         assert received.run == 7

@@ -62,6 +62,11 @@ class Job:
         self._present: set[int] = set()
         self._over_at: tuple[int, int] | None = None
 
+    @property
+    def in_progress(self) -> bool:
+        """Whether workers have joined and not all of them have left."""
+        return bool(self._present)
+
     # A worker's stream.
 
     def join(self, hello: pb.Hello) -> Outbox:

@@ -28,6 +28,13 @@ from tensorflow.python.eager import context
 
 _UPDATE = "_distributed_tf_update_step"
 
+# With one device these options lead to tf.data's own iterator. MultiDeviceIterator, the default,
+# crashes now and then when it is destroyed at the end of an epoch, and takes seconds to end.
+_PLAIN_ITERATOR = tf.distribute.InputOptions(
+    experimental_fetch_to_device=False,
+    experimental_replication_mode=tf.distribute.InputReplicationMode.PER_REPLICA,
+)
+
 
 class Hooks:
     """What a strategy is asked while functions are traced. The defaults are for one worker."""
@@ -132,7 +139,14 @@ class WorkerExtended(mirrored_strategy.MirroredExtended):
         self, fn: Callable, context: tf.distribute.InputContext, options: Any
     ) -> Any:
         """Like `_distribute_datasets_from_function`, with the true input context for `fn`."""
+        if options is None and len(self.worker_devices) == 1:
+            options = _PLAIN_ITERATOR
         return super()._distribute_datasets_from_function(lambda _: fn(context), options)
+
+    def _experimental_distribute_dataset(self, dataset: tf.data.Dataset, options: Any) -> Any:
+        if options is None and len(self.worker_devices) == 1:
+            return super()._distribute_datasets_from_function(lambda _: dataset, _PLAIN_ITERATOR)
+        return super()._experimental_distribute_dataset(dataset, options)
 
 
 def local_devices() -> list[str]:
