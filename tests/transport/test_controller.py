@@ -162,6 +162,44 @@ def test_runs_after_the_end_of_the_job_do_nothing_and_say_so_once(serve: Serve) 
     assert workers[1].begun == 8
 
 
+def test_a_run_that_had_begun_when_the_job_ended_before_it_does_not_take_place(
+    serve: Serve,
+) -> None:
+    service = serve(3, timeout_seconds=5)
+    short, begun, third = workers = service.workers()
+    sites = [w.site() for w in workers]
+    service.together(
+        *(functools.partial(w.do_runs, s, 3) for w, s in zip(workers, sites, strict=True))
+    )
+
+    def end() -> None:
+        short.session.goodbye(pb.FINISHED, 3)
+        service.until(third.session.job_over_at)
+        third.do_run(sites[2])
+        third.session.goodbye(pb.FINISHED, 3)
+
+    begun.do_run(sites[1], end)
+    assert [w.controller.run for w in workers] == [3] * 3
+    assert len({w.bytes for w in workers}) == 1
+
+
+def test_a_short_program_that_is_behind_ends_the_job_where_all_can_still_meet(
+    serve: Serve,
+) -> None:
+    """The first worker is at run 5 already when the last one ends after a single run."""
+    service = serve(3, b=2)
+    ahead, behind, short = workers = service.workers()
+    sites = [w.site() for w in workers]
+    service.together(*(functools.partial(w.do_run, s) for w, s in zip(workers, sites, strict=True)))
+    ahead.do_runs(sites[0], 4)
+    short.session.goodbye(pb.FINISHED, 1)
+    for worker, site in zip((ahead, behind), sites, strict=False):
+        service.until(worker.session.job_over_at)
+        worker.do_runs(site, 6)
+    assert ahead.bytes == behind.bytes
+    assert ahead.controller.run == behind.controller.run == 5
+
+
 def test_the_state_is_given_on_request_as_it_is_before_the_next_run(serve: Serve) -> None:
     service = serve(2, b=1)
     giver, receiver = service.workers()
