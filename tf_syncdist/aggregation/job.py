@@ -31,6 +31,9 @@ from tf_syncdist.transport import wire
 # result there already, while a worker that is stuck does not pile up the job's history.
 WINDOW_RUNS = 4
 
+# Every worker's stream holds a thread of the server.
+MAX_WORKERS = 1000
+
 _NOTICE_SECONDS = 10.0
 _SAME_FOR_ALL = ("num_workers", "cutoff", "num_shards", "shard", "history_rounds", "history_bytes")
 
@@ -171,10 +174,10 @@ class Job:
                 f"{hello.protocol} from worker {hello.worker}. Install the same tf_syncdist "
                 "everywhere."
             )
-        if not hello.num_workers or hello.worker >= hello.num_workers:
+        if not hello.worker < hello.num_workers <= MAX_WORKERS:
             raise _invalid(
-                "Expected a worker index below the number of workers. "
-                f"Received: worker={hello.worker}, num_workers={hello.num_workers}."
+                "Expected a worker index below the number of workers, and that to be at most "
+                f"{MAX_WORKERS}. Received: worker={hello.worker}, num_workers={hello.num_workers}."
             )
         for name in _SAME_FOR_ALL if self._hello is not None else ():
             expected, received = getattr(self._hello, name), getattr(hello, name)
@@ -283,11 +286,13 @@ class Job:
     def _on_goodbye(self, worker: int, message: pb.Goodbye, *_: object) -> None:
         reason = pb.Leave.Name(message.reason).lower()
         self._on_event(f"worker {worker} left after {message.run} run(s): {reason}")
-        # A program that ends before its first run says nothing about how long the job is.
-        if message.reason == pb.FINISHED and message.run:
-            end = (message.run, worker)
-            self._over_at = min(end, self._over_at or end)
-            over = pb.JobOver(run=self._over_at[0], worker=self._over_at[1])
+        # A program that ends before its first run says nothing about how long the job is. The
+        # first shard has a part of every exchange, so it decides alone.
+        if message.reason == pb.FINISHED and message.run and not self._hello.shard:
+            end = self._rounds.end(message.run)
+            if self._over_at is None or end < self._over_at[0]:
+                self._over_at = (end, worker)
+            over = pb.JobOver(run=end, worker=self._over_at[1])
             self._tell_all(pb.ToWorker(job_over=over))
         self._leave(worker)
 

@@ -143,6 +143,7 @@ class Rounds:
         self._exchanges: dict[int, int] = {}
         self._over = 0
         self._unsaid: list[RunOver] = []
+        self._end: int | None = None
         self._kept_from = 0
         self._rounds_kept = 0
         self._positions = [0] * num_workers
@@ -254,6 +255,11 @@ class Rounds:
         self._check_position(worker, run, "finish")
         over: tuple[RunOver, ...] = ()
         if run >= self._over:
+            if fate in (Fate.REPLAYED, Fate.MISSED):
+                raise RoundError(
+                    f"Expected run {run} to be over for a worker that did not compute it. "
+                    f"Received: {fate.name} from worker {worker}, while {self._over} run(s) are."
+                )
             self._check_all_closed(worker, run, exchanges)
             self._exchanges[run] = exchanges
             self._over = run + 1
@@ -290,6 +296,17 @@ class Rounds:
                         key = SliceKey(number, exchange, index)
                         closed.append(self._decide(key, run, state, now))
         return tuple(c for c in closed if c)
+
+    def end(self, run: int) -> int:
+        """Lets the job end after `run` runs, or where nobody is further, if somebody is.
+
+        Returns:
+            The run from which rounds do not take place any more; they stay open.
+        """
+        begun = [n for n, r in self._runs.items() if any(map(_any_closed, r.exchanges.values()))]
+        end = max(run, self._over, max(begun, default=-1) + 1)
+        self._end = min(end, self._end) if self._end is not None else end
+        return self._end
 
     def contributed(self, worker: int, run: int) -> tuple[int, int]:
         """Returns how many slices of a kept run have a worker's values, and how many there are."""
@@ -351,6 +368,8 @@ class Rounds:
             counts.delays += 1
 
     def _decide(self, key: SliceKey, run: _Run, state: _Slice, now: float) -> Closed | None:
+        if self._end is not None and key.run >= self._end:
+            return None
         view = SliceView(
             now=now,
             opened_at=min(run.arrivals.values(), default=now),
@@ -412,6 +431,10 @@ class Rounds:
             self._kept_from = run + 1
             evicted.append(run)
         return tuple(evicted)
+
+
+def _any_closed(slices: dict[int, _Slice]) -> bool:
+    return any(s.closed for s in slices.values())
 
 
 _ITEM_BYTES = {"float32": 4, "float64": 8, "int32": 4, "int64": 8}

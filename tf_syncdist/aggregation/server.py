@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
-from tf_syncdist.aggregation.job import Job
+from tf_syncdist.aggregation.job import MAX_WORKERS, Job
 from tf_syncdist.aggregation.outbox import Outbox, Refused
 from tf_syncdist.cluster.addresses import is_loopback
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
-# Every stream holds one thread of the pool while it is open.
-_MAX_STREAMS = 1024
+# Every stream holds one thread of the pool while it is open; the rest answers reports.
+_THREADS = MAX_WORKERS + 24
 
 
 class AggregatorServer:
@@ -52,7 +52,7 @@ class AggregatorServer:
         self.job = Job(on_event=on_event)
         self._stopped = threading.Event()
         self._server = grpc.server(
-            concurrent.futures.ThreadPoolExecutor(_MAX_STREAMS, "tf_syncdist_stream"),
+            concurrent.futures.ThreadPoolExecutor(_THREADS, "tf_syncdist_stream"),
             options=(*wire.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)),
         )
         handlers = {

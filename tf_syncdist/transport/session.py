@@ -229,13 +229,14 @@ class Session:
 
         Returns:
             In how many slices this worker's values are, and how many slices there are; `None` if
-            the result can no longer be had.
+            there is no result to be had: it is no longer kept, or the job is over before the run.
         """
         key = (run, exchange)
         wanted = len(plan.slices)
 
         def there() -> bool:
-            return len(self._results.get(key, ())) >= wanted or run in self._gone
+            over = self._job_over is not None and run >= self._job_over[0]
+            return len(self._results.get(key, ())) >= wanted or run in self._gone or over
 
         with self._changed:
             # Until the first result is there, this worker holds the state before the run.
