@@ -2,11 +2,16 @@
 
 import pytest
 
-from tf_syncdist.aggregation.rounds import Fate, Rounds, SliceKey, SliceSpec, Verdict
+from tf_syncdist.aggregation.rounds import Fate, Receipt, Rounds, SliceKey, SliceSpec, Verdict
 from tf_syncdist.cutoff import BackupWorkers, FullSync
 
 SPEC = SliceSpec(num_slices=1, dtype="float32", elements=10, layout=7)
 RUN_BYTES = 40
+
+
+def send(rounds: Rounds, worker: int, run: int) -> Receipt:
+    """Contributes to the only slice of a run."""
+    return rounds.contribute(worker, SliceKey(run, 0, 0), SPEC, 0.0)
 
 
 def do_run(rounds: Rounds, run: int, workers: list[int], exchanges: int = 1) -> list[int]:
@@ -164,3 +169,29 @@ def test_the_delay_is_that_of_the_first_message_of_a_round_behind_the_first_work
 
 def test_who_has_not_arrived_has_no_delay() -> None:
     assert Rounds(2, FullSync()).counts[0].mean_delay_seconds == 0.0
+
+
+def test_no_round_waits_for_a_worker_that_waits_for_a_state_until_it_is_heard_of_again() -> None:
+    rounds = Rounds(3, BackupWorkers(0))
+    do_run(rounds, 0, [0, 1, 2])
+    for worker in (0, 1):
+        send(rounds, worker, run=1)
+    (closed,) = rounds.suspend(2, 0.0)
+    assert closed.contributors == (0, 1)
+    for worker in (0, 1):
+        rounds.finish(worker, 1, 1, Fate.CONTRIBUTED)
+    rounds.finish(2, 1, 1, Fate.MISSED)
+    for worker in (0, 1):
+        assert not send(rounds, worker, run=2).closed
+    assert send(rounds, 2, run=2).closed
+
+
+def test_a_job_ends_after_the_round_that_somebody_may_have_begun() -> None:
+    rounds = Rounds(3, BackupWorkers(1))
+    assert rounds.end(7) == 7
+    do_run(rounds, 0, [0, 1])
+    assert rounds.end(1) == 2
+    send(rounds, 0, run=1)
+    assert rounds.end(1) == 2, "nothing is closed in round 1"
+    send(rounds, 1, run=1)
+    assert rounds.end(1) == 3, "who has the result of round 1 may be computing for round 2"

@@ -147,22 +147,25 @@ def test_a_service_that_is_gone_is_the_error_of_the_run(serve: Serve) -> None:
 
 
 def test_runs_after_the_end_of_the_job_do_nothing_and_say_so_once(serve: Serve) -> None:
+    """The round that somebody may have begun when the first program ended still takes place."""
     service = serve(2)
     workers = service.workers()
     together(service, workers, "do_runs", 3)
     workers[0].session.goodbye(pb.FINISHED, 3)
     service.until(workers[1].session.job_over_at)
+    site = workers[1].site()
+    workers[1].do_run(site)
     before = workers[1].bytes
-    workers[1].do_runs(workers[1].site(), 5)
-    assert workers[1].modes[3:] == [Mode.SKIP] * 5
-    assert workers[1].bytes == before == workers[0].bytes
-    assert workers[1].controller.run == 3 and workers[1].counts == (3, 0, 0, 0)
+    workers[1].do_runs(site, 4)
+    assert workers[1].modes[3:] == [Mode.COMPUTE] + [Mode.SKIP] * 4
+    assert workers[1].bytes == before
+    assert workers[1].controller.run == 4 and workers[1].counts == (4, 0, 0, 0)
     (notice,) = workers[1].notices
-    assert "worker 0" in notice and "3 run" in notice
+    assert "worker 0" in notice and "4 run" in notice
     assert workers[1].begun == 8
 
 
-def test_a_run_that_had_begun_when_the_job_ended_before_it_does_not_take_place(
+def test_a_run_that_had_begun_when_the_job_ended_takes_place_for_all_that_are_left(
     serve: Serve,
 ) -> None:
     service = serve(3, timeout_seconds=5)
@@ -171,16 +174,21 @@ def test_a_run_that_had_begun_when_the_job_ended_before_it_does_not_take_place(
     service.together(
         *(functools.partial(w.do_runs, s, 3) for w, s in zip(workers, sites, strict=True))
     )
+    computing = threading.Event()
 
     def end() -> None:
+        computing.set()
+        service.until(begun.session.job_over_at)
+
+    def finish() -> None:
+        computing.wait(5)
         short.session.goodbye(pb.FINISHED, 3)
         service.until(third.session.job_over_at)
-        third.do_run(sites[2])
-        third.session.goodbye(pb.FINISHED, 3)
+        third.do_runs(sites[2], 3)
 
-    begun.do_run(sites[1], end)
-    assert [w.controller.run for w in workers] == [3] * 3
-    assert len({w.bytes for w in workers}) == 1
+    service.together(lambda: (begun.do_run(sites[1], end), begun.do_runs(sites[1], 2)), finish)
+    assert begun.controller.run == third.controller.run == 4
+    assert begun.bytes == third.bytes
 
 
 def test_a_short_program_that_is_behind_ends_the_job_where_all_can_still_meet(
@@ -193,11 +201,13 @@ def test_a_short_program_that_is_behind_ends_the_job_where_all_can_still_meet(
     service.together(*(functools.partial(w.do_run, s) for w, s in zip(workers, sites, strict=True)))
     ahead.do_runs(sites[0], 4)
     short.session.goodbye(pb.FINISHED, 1)
-    for worker, site in zip((ahead, behind), sites, strict=False):
+    for worker in (ahead, behind):
         service.until(worker.session.job_over_at)
-        worker.do_runs(site, 6)
+    service.together(
+        *(functools.partial(w.do_runs, s, 6) for w, s in ((ahead, sites[0]), (behind, sites[1])))
+    )
+    assert ahead.controller.run == behind.controller.run == 6
     assert ahead.bytes == behind.bytes
-    assert ahead.controller.run == behind.controller.run == 5
 
 
 def test_the_state_is_given_on_request_as_it_is_before_the_next_run(serve: Serve) -> None:

@@ -281,7 +281,10 @@ class Job:
             self._streams[receiver].put(relayed)
 
     def _on_state_request(self, worker: int, message: pb.StateRequest, *_: object) -> None:
-        self._ask_for_state(worker)
+        # A giver can answer between two runs only, so no round may wait for the receiver.
+        self._close(self._rounds.suspend(worker, self._clock()))
+        if not self._hello.shard:
+            self._ask_for_state(worker)
 
     def _on_goodbye(self, worker: int, message: pb.Goodbye, *_: object) -> None:
         reason = pb.Leave.Name(message.reason).lower()
@@ -289,10 +292,9 @@ class Job:
         # A program that ends before its first run says nothing about how long the job is. The
         # first shard has a part of every exchange, so it decides alone.
         if message.reason == pb.FINISHED and message.run and not self._hello.shard:
-            end = self._rounds.end(message.run)
-            if self._over_at is None or end < self._over_at[0]:
-                self._over_at = (end, worker)
-            over = pb.JobOver(run=end, worker=self._over_at[1])
+            end = (self._rounds.end(message.run), worker)
+            self._over_at = min(end, self._over_at or end)
+            over = pb.JobOver(run=self._over_at[0], worker=self._over_at[1])
             self._tell_all(pb.ToWorker(job_over=over))
         self._leave(worker)
 

@@ -143,7 +143,7 @@ class Rounds:
         self._exchanges: dict[int, int] = {}
         self._over = 0
         self._unsaid: list[RunOver] = []
-        self._end: int | None = None
+        self._suspended: set[int] = set()
         self._kept_from = 0
         self._rounds_kept = 0
         self._positions = [0] * num_workers
@@ -298,15 +298,19 @@ class Rounds:
         return tuple(c for c in closed if c)
 
     def end(self, run: int) -> int:
-        """Lets the job end after `run` runs, or where nobody is further, if somebody is.
+        """Returns where the job ends when a worker's program ends after `run` runs.
 
-        Returns:
-            The run from which rounds do not take place any more; they stay open.
+        Whoever has some result of the last round in which something is closed may be computing for
+        the next one, and nobody can have begun the one after that.
         """
-        begun = [n for n, r in self._runs.items() if any(map(_any_closed, r.exchanges.values()))]
-        end = max(run, self._over, max(begun, default=-1) + 1)
-        self._end = min(end, self._end) if self._end is not None else end
-        return self._end
+        closed = [n for n, r in self._runs.items() if any(map(_any_closed, r.exchanges.values()))]
+        last = max(self._over - 1, max(closed, default=-1))
+        return max(run, last + 2, max(self._positions) + 1) if last >= 0 else run
+
+    def suspend(self, worker: int, now: float) -> tuple[Closed, ...]:
+        """Stops waiting for a worker until it is heard of again: it waits for another's state."""
+        self._suspended.add(worker)
+        return self.tick(now)
 
     def contributed(self, worker: int, run: int) -> tuple[int, int]:
         """Returns how many slices of a kept run have a worker's values, and how many there are."""
@@ -316,6 +320,7 @@ class Rounds:
     # How.
 
     def _check_worker(self, worker: int) -> None:
+        self._suspended.discard(worker)
         if worker not in self._present:
             raise RoundError(
                 f"Expected one of the present workers {sorted(self._present)}. "
@@ -368,13 +373,11 @@ class Rounds:
             counts.delays += 1
 
     def _decide(self, key: SliceKey, run: _Run, state: _Slice, now: float) -> Closed | None:
-        if self._end is not None and key.run >= self._end:
-            return None
         view = SliceView(
             now=now,
             opened_at=min(run.arrivals.values(), default=now),
             contributions=len(state.contributors),
-            possible=len(self._present | set(state.contributors)),
+            possible=len((self._present - self._suspended) | set(state.contributors)),
             num_workers=self.num_workers,
         )
         decision = self._policy.decide(view)

@@ -122,7 +122,6 @@ class RunController:
         self._substitute = False
         self._late = False
         self._lost = False
-        self._undo: list[np.ndarray] | None = None
         self._exchange = 0
         self._over = False
         self._resume_at = 0
@@ -166,10 +165,6 @@ class RunController:
     def finish(self, site: RunSite, outputs: Sequence[np.ndarray] | None) -> None:
         """Ends a run. `outputs` are kept for later replays of the site."""
         with _recorded(self):
-            if self._undo is not None:
-                self._store.assign(self._undo)
-                self._undo = None
-                self._say_over()
             if self._over:
                 return
             if self._lost:
@@ -229,7 +224,12 @@ class RunController:
     def _decide(self, site: RunSite) -> Mode:
         over = self._session.job_over_at()
         if over is not None and self.run >= over[0]:
-            self._say_over()
+            if not self._over:
+                self._over = True
+                self._on_notice(
+                    f"worker {over[1]}'s program ended, and the job with it after {over[0]} "
+                    "run(s); further training runs do nothing"
+                )
             return Mode.SKIP
         self._synchronise(site)
         if self.run < self._resume_at:
@@ -245,15 +245,6 @@ class RunController:
             self._substitute = True
             return Mode.COMPUTE
         return Mode.REPLAY
-
-    def _say_over(self) -> None:
-        if not self._over:
-            self._over = True
-            run, worker = self._session.job_over_at()
-            self._on_notice(
-                f"worker {worker}'s program ended, and the job with it after {run} run(s); "
-                "further training runs do nothing"
-            )
 
     def _synchronise(self, site: RunSite) -> None:
         """Takes over worker 0's values of variables that this site trains for the first time."""
@@ -293,11 +284,6 @@ class RunController:
     ) -> list[np.ndarray]:
         results = [np.empty(a.shape, a.dtype) for a in likes]
         found = self._session.receive(self.run, number, way, results)
-        over = self._session.job_over_at()
-        if found is None and over is not None and self.run >= over[0]:
-            # What the run makes of zeros is undone when it ends.
-            self._undo = self._store.read()
-            return [np.zeros(a.shape, a.dtype) for a in likes]
         if found is None:
             # The service heard so late of this run that it had forgotten the results. What the
             # run makes of zeros is overwritten by another worker's state when it ends.

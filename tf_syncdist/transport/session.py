@@ -229,18 +229,16 @@ class Session:
 
         Returns:
             In how many slices this worker's values are, and how many slices there are; `None` if
-            there is no result to be had: it is no longer kept, or the job is over before the run.
+            the result can no longer be had.
         """
         key = (run, exchange)
         wanted = len(plan.slices)
 
         def there() -> bool:
-            over = self._job_over is not None and run >= self._job_over[0]
-            return len(self._results.get(key, ())) >= wanted or run in self._gone or over
+            return len(self._results.get(key, ())) >= wanted or run in self._gone
 
         with self._changed:
-            # Until the first result is there, this worker holds the state before the run.
-            self._wait(there, f"the result of round {run}", gives_state=not exchange)
+            self._wait(there, f"the result of round {run}")
             slices = self._results.get(key, {})
             if len(slices) < wanted:
                 return None
@@ -376,8 +374,7 @@ class Session:
                 self._check()
                 self._changed.wait(until - time.monotonic())
             self._asked_at = time.monotonic()
-        request = pb.StateRequest(run=run)
-        self._connections[0].send(wire.encode(pb.ToAggregator(state_request=request)))
+        self._send_all(pb.ToAggregator(state_request=pb.StateRequest(run=run)))
 
     # The end.
 
