@@ -14,7 +14,7 @@ _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _INSECURE = flags.DEFINE_bool(
     "insecure", False, "Allow an address beyond loopback without TLS, on a network you trust."
 )
-_START_SECONDS = flags.DEFINE_float(
+_MAX_SECONDS = flags.DEFINE_float(
     "max_seconds", 30 * 24 * 3600.0, "Give up serving after this long, in seconds."
 )
 _PARENT_FD = flags.DEFINE_integer(
@@ -46,10 +46,11 @@ def main(argv: list[str]) -> None:
                 target=_watch, args=(_PARENT_FD.value, server, stop), daemon=True
             ).start()
         waited = 0.0
-        while not stop.is_set() and waited < _START_SECONDS.value:
-            if server.wait(0.2):
-                break
+        while not stop.is_set() and not server.wait(0.2):
             waited += 0.2
+            if waited >= _MAX_SECONDS.value:
+                _say(f"ends after --max_seconds={_MAX_SECONDS.value:g}")
+                break
 
 
 def _watch(fd: int, server: AggregatorServer, stop: threading.Event) -> None:

@@ -261,6 +261,18 @@ def test_nobody_waits_for_the_metrics_of_a_worker_that_goes_on_or_leaves(serve: 
     assert result.tolist() == [1, 1]
 
 
+def test_nobody_waits_for_the_metrics_of_a_worker_that_has_begun_the_next_run(serve: Serve) -> None:
+    """One worker alone reads a metric after run 0, and the other waits for it in run 1."""
+    service = serve(2)
+    first, second = service.sessions()
+    service.together(lambda: do_run(first, 0), lambda: do_run(second, 0))
+    result, _ = service.together(
+        lambda: (first.exchange_epoch(1, 5, np.ones(2)).tolist(), do_run(first, 1))[0],
+        lambda: do_run(second, 1),
+    )
+    assert result == [1, 1]
+
+
 def test_metrics_that_differ_are_refused(serve: Serve) -> None:
     """Whoever comes second is refused, and the first goes on alone."""
     service = serve(2)

@@ -29,16 +29,14 @@ class Epochs:
     Args:
         num_workers: How many workers the job has.
         policy: The cutoff policy.
-        position: Tells the run that a worker is in. A worker that has gone on past an epoch
+        begun: Tells how many runs a worker has begun. A worker that has gone on past an epoch
             exchange without taking part will not come, so nobody waits for it.
     """
 
-    def __init__(
-        self, num_workers: int, policy: CutoffPolicy, position: Callable[[int], int]
-    ) -> None:
+    def __init__(self, num_workers: int, policy: CutoffPolicy, begun: Callable[[int], int]) -> None:
         self._num_workers = num_workers
         self._policy = policy
-        self._position = position
+        self._begun = begun
         self._gathers: dict[int, _Gather] = {}
         self._present = set(range(num_workers))
 
@@ -73,7 +71,7 @@ class Epochs:
         for run, gather in self._gathers.items():
             if gather.closed or not gather.contributors:
                 continue
-            to_come = {w for w in self._present if self._position(w) <= run}
+            to_come = {w for w in self._present if self._begun(w) <= run}
             view = SliceView(
                 now=now,
                 opened_at=gather.opened_at,
@@ -86,13 +84,18 @@ class Epochs:
                 closed.append(EpochClosed(run, tuple(gather.contributors)))
         return closed
 
+    @property
+    def waiting(self) -> bool:
+        """Whether an exchange is open."""
+        return any(not gather.closed for gather in self._gathers.values())
+
     def leave(self, worker: int) -> None:
         """Stops waiting for a worker."""
         self._present.discard(worker)
 
     def forget(self, present: Collection[int]) -> list[int]:
         """Forgets exchanges that every present worker has gone past, and returns them."""
-        done = min((self._position(w) for w in present), default=0)
+        done = min((self._begun(w) for w in present), default=0)
         gone = [run for run, gather in self._gathers.items() if gather.closed and run < done]
         for run in gone:
             del self._gathers[run]

@@ -35,6 +35,9 @@ WINDOW_RUNS = 4
 MAX_WORKERS = 1000
 
 _NOTICE_SECONDS = 10.0
+
+# A job that has begun is over when no worker has been connected for this long.
+_ALONE_SECONDS = 60.0
 _SAME_FOR_ALL = ("num_workers", "cutoff", "num_shards", "shard", "history_rounds", "history_bytes")
 
 
@@ -63,6 +66,7 @@ class Job:
         self._seed = random.SystemRandom().getrandbits(63)
         self._streams: dict[int, Outbox] = {}
         self._present: set[int] = set()
+        self._alone_since: float | None = None
         self._over_at: tuple[int, int] | None = None
 
     @property
@@ -142,6 +146,10 @@ class Job:
             self._close(self._rounds.tick(now))
             self._close_epochs(now)
             self._say_who_is_missing(now)
+            # Workers that never came, or died before they could, must not keep the service.
+            self._alone_since = None if self._streams else self._alone_since or now
+            if self._alone_since is not None and now - self._alone_since > _ALONE_SECONDS:
+                self.done.set()
 
     def report(self) -> pb.ReportReply:
         """Returns the counters of the job."""
@@ -196,7 +204,7 @@ class Job:
             )
         except ValueError as e:
             raise _invalid(str(e)) from e
-        self._epochs = Epochs(hello.num_workers, policy, self._rounds.position)
+        self._epochs = Epochs(hello.num_workers, policy, self._rounds.begun)
         self._states = States(hello.num_workers)
         self._present = set(range(hello.num_workers))
         self._totals: dict[SliceKey, np.ndarray] = {}
@@ -227,9 +235,12 @@ class Job:
             self._totals[key] = sums.add(self._totals.get(key), values)
             self._specs[key] = message
         self._close(receipt.closed)
+        if self._epochs.waiting:
+            self._close_epochs(self._clock())
 
     def _on_late(self, worker: int, message: pb.LateContribution, *_: object) -> None:
         self._rounds.late(worker, message.run, self._clock())
+        self._close_epochs(self._clock())
 
     def _on_run_finished(self, worker: int, message: pb.RunFinished, *_: object) -> None:
         try:

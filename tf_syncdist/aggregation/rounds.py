@@ -175,6 +175,12 @@ class Rounds:
         """Returns the run that a worker is in or about to begin."""
         return self._positions[worker]
 
+    def begun(self, worker: int) -> int:
+        """Returns how many runs a worker has surely begun."""
+        position = self._positions[worker]
+        run = self._runs.get(position)
+        return position + (run is not None and worker in run.arrivals)
+
     def exchanges(self, run: int) -> int:
         """Returns how many exchanges a run had that is over and kept."""
         return self._exchanges[run]

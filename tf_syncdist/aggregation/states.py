@@ -19,6 +19,7 @@ class _Start:
         self.chunks: list[bytes] = []
         self.agreed = False
         self.given = False
+        self.failed = False
 
 
 class States:
@@ -85,7 +86,10 @@ class States:
 
     def _verdict(self, run: int) -> tuple[str | None, list[bytes]]:
         start = self._starts[run]
+        if start.failed:
+            return None, []
         if 0 not in self._expected and not start.given:
+            start.failed = True
             return (
                 "Expected worker 0 to give the variables that all workers start from. Received: "
                 "worker 0 has left the job. Look at its log, and start the job again."
@@ -94,7 +98,9 @@ class States:
             return None, []
         start.agreed = True
         chunks, start.chunks = start.chunks, []
-        return manifests.first_difference(start.manifests), chunks
+        error = manifests.first_difference(start.manifests)
+        start.failed = bool(error)
+        return error, chunks
 
     # Workers that fell too far behind.
 

@@ -5,11 +5,9 @@ import socket
 import threading
 from collections.abc import Callable
 
-_WATCHED = (signal.SIGINT, signal.SIGTERM)
-
 
 class InterruptWatcher:
-    """Calls back on another thread as soon as a signal arrives that Python has a handler for.
+    """Calls back on another thread as soon as Ctrl-C arrives and Python is to raise for it.
 
     Python runs handlers on the main thread between two bytecodes. While that thread waits in
     TensorFlow for a step, and the step for other workers, nothing happens; so the wait has to be
@@ -58,6 +56,8 @@ class InterruptWatcher:
     def _watch(self) -> None:
         while data := self._read.recv(16):
             for number in data:
-                if number in _WATCHED and callable(signal.getsignal(number)):
-                    self._on_interrupt(signal.Signals(number))
+                # A handler of the user's own may want to end later, and in its own way.
+                default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+                if number == signal.SIGINT and default:
+                    self._on_interrupt(signal.SIGINT)
         self._read.close()

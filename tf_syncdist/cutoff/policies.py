@@ -67,12 +67,15 @@ class FullSync:
     """Waits for every worker that is still there: plain synchronous SGD."""
 
     def replicas_to_aggregate(self, num_workers: int) -> int:
+        """Returns N, here all workers."""
         return num_workers
 
     def decide(self, view: SliceView) -> Decision:
+        """Closes a slice once everybody who can still contribute has."""
         return _first(view.num_workers, view)
 
     def get_config(self) -> dict[str, Any]:
+        """Returns the arguments that recreate the policy: none."""
         return {}
 
 
@@ -104,6 +107,7 @@ class BackupWorkers:
             )
 
     def replicas_to_aggregate(self, num_workers: int) -> int:
+        """Returns N = workers - b."""
         if self.b >= num_workers:
             raise ValueError(
                 "`backup_workers` must be smaller than the number of workers, because the first "
@@ -114,9 +118,11 @@ class BackupWorkers:
         return num_workers - self.b
 
     def decide(self, view: SliceView) -> Decision:
+        """Closes a slice with its Nth contribution, or the last that can still come."""
         return _first(view.num_workers - self.b, view)
 
     def get_config(self) -> dict[str, Any]:
+        """Returns the arguments that recreate the policy."""
         return {"b": self.b}
 
 

@@ -10,6 +10,7 @@ which optimizers apply the result. A function without exchange is called as it i
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -78,10 +79,17 @@ class Runs(adapter.Hooks):
         self._on_traced = on_traced
         self.on_variable = on_variable
         self._current = threading.local()
-        self._eager_sites: dict[object, Site] = {}
+        self._eager_sites: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         # Orders the runs of a graph: every run reads it first and writes it last.
         with tf.init_scope():
             self._token = tf.Variable(0, dtype=tf.int64, trainable=False, name="tf_syncdist_run")
+            # When the first and the last run ended, for a single worker without service.
+            self._ends = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)
+
+    def counted_alone(self) -> tuple[int, float]:
+        """Returns a single worker's updates, and the seconds from the first to the last."""
+        first, last = self._ends.numpy()
+        return int(self._token.numpy()), float(last - first)
 
     # What a strategy's run() calls.
 
@@ -167,29 +175,31 @@ class Runs(adapter.Hooks):
         mode.set_shape(())
         return tf.cond(tf.equal(mode, Mode.COMPUTE), computed, left_out)
 
-    def run_eagerly(self, key: object, fn: Callable[[], Any], training: bool) -> Any:
+    def run_eagerly(self, given: Callable, fn: Callable[[], Any], training: bool) -> Any:
         """Executes one run of a replica function without a graph.
 
         Args:
-            key: Identifies the function.
-            fn: The function.
+            given: The function as the user gave it, which tells one place from another.
+            fn: Executes it.
             training: Whether it is known to have an exchange.
         """
-        site = self._eager_sites.get(key)
+        # A bound method is made anew for each call; its object and its function stay.
+        owner, function = getattr(given, "__self__", given), getattr(given, "__func__", given)
+        sites = self._eager_sites.setdefault(owner, weakref.WeakKeyDictionary())
+        site = sites.get(function)
         if site is None and training:
-            site = self._eager_sites[key] = Site()
+            site = sites[function] = Site()
         if site is None:
-            return self._try_eagerly(key, fn)
+            return self._try_eagerly(given, fn)
         mode = self.controller.begin(site)
         with self._at(site):
             if mode is Mode.COMPUTE:
                 site.reset()
                 site.eager_outputs = fn()
                 site.replayable = len(site.updates) == site.exchanges
-                if site.outputs is None:
-                    # Only now is it known which optimizers there are, and what they hold.
-                    site.synchronised = False
-                    self._on_traced(site)
+                # Only now is it known which optimizers there are, and what they hold.
+                site.synchronised = False
+                self._on_traced(site)
             elif mode is Mode.REPLAY:
                 site.replaying = True
                 self._apply(site.updates)
@@ -197,13 +207,13 @@ class Runs(adapter.Hooks):
         self.controller.finish(site, [])
         return site.eager_outputs
 
-    def _try_eagerly(self, key: object, fn: Callable[[], Any]) -> Any:
+    def _try_eagerly(self, given: Callable, fn: Callable[[], Any]) -> Any:
         probe = Site(is_probe=True)
         try:
             with self._at(probe):
                 return fn()
         except _TrainingFound:
-            return self.run_eagerly(key, fn, training=True)
+            return self.run_eagerly(given, fn, training=True)
 
     # Hooks.
 
@@ -227,6 +237,10 @@ class Runs(adapter.Hooks):
 
     def on_update(self, optimizer: object, variables: list) -> None:
         site = self.site
+        if self.controller is None:
+            now = tf.timestamp()
+            self._token.assign_add(1, read_value=False)
+            self._ends.assign([tf.where(self._ends[0] > 0, self._ends[0], now), now])
         if site is not None and not site.replaying:
             site.updates.append((optimizer, variables))
 

@@ -22,6 +22,8 @@ from tf_syncdist.strategies.sites import Runs, Site
 from tf_syncdist.strategies.state import CommonState, optimizer_variables
 from tf_syncdist.strategies.variables import VariableRegistry
 
+_MAX_SLICE_BYTES = 64 * 2**20
+
 
 class SyncReplicasStrategy(tf.distribute.Strategy):
     """Trains on several workers and does not wait for the slowest ones.
@@ -90,9 +92,15 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         print_report: bool = True,
     ) -> None:
         policy = _policy(backup_workers, cutoff)
-        if slice_bytes < 1:
+        if not 1 <= slice_bytes <= _MAX_SLICE_BYTES:
             raise ValueError(
-                f"`slice_bytes` must be at least 1. Received: slice_bytes={slice_bytes}."
+                f"`slice_bytes` must be from 1 to {_MAX_SLICE_BYTES}. "
+                f"Received: slice_bytes={slice_bytes}. Around 1 MiB is fastest."
+            )
+        if history_rounds < 0 or history_bytes < 0:
+            raise ValueError(
+                "`history_rounds` and `history_bytes` must be at least 0. "
+                f"Received: history_rounds={history_rounds}, history_bytes={history_bytes}."
             )
         role = roles.resolve(cluster_resolver)
         self._aggregate = policy.replicas_to_aggregate(role.num_workers)
@@ -183,13 +191,14 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             A `tf_syncdist.observability.reports.Report`.
         """
         if self._member is None:
-            return Report(0, ())
+            return Report(self._runs.counted_alone()[0], ())
         return self._member.report()
 
     def local_report(self) -> LocalReport:
         """Returns this worker's own counts, without asking anybody."""
         if self._member is None:
-            return LocalReport(0, 1, 0, 0, 0, 0, 0, 0.0)
+            rounds, seconds = self._runs.counted_alone()
+            return LocalReport(0, 1, rounds, rounds, 0, 0, 0, seconds)
         return self._runs.controller.report()
 
     def close(self) -> None:
@@ -225,7 +234,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             return self._runs.run_in_graph(once, (args, kwargs))
         call = keras_calls.current()
         training = call is not None and call.method == "fit"
-        return self._runs.run_eagerly(_identity(fn), once, training)
+        return self._runs.run_eagerly(fn, once, training)
 
     def _lift(self, fn: Callable) -> Callable:
         """Puts the run inside of a tf.function that was given as replica function."""
@@ -361,8 +370,3 @@ def _check_model(model: Any) -> None:
             "step through Python, which XLA cannot do. Received: jit_compile=True. Compile the "
             "model with `model.compile(..., jit_compile=False)`."
         )
-
-
-def _identity(fn: Callable) -> object:
-    owner = getattr(fn, "__self__", None)
-    return (id(owner), getattr(fn, "__code__", fn))

@@ -159,6 +159,9 @@ class Session:
         The first shard, which relays the state, has announced the run before, if it had any.
         """
         with self._changed:
+            if run in self._over[0]:
+                there = f"the end of round {run} on every shard"
+                self._wait(lambda: self._exchanges_of(run) is not None, there)
             return self._over[0].get(run, 0)
 
     def wait_results(self, run: int) -> bool:

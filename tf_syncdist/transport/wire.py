@@ -15,8 +15,9 @@ SERVICE = "tf_syncdist.v1.Aggregation"
 TRAIN = f"/{SERVICE}/Train"
 REPORT = f"/{SERVICE}/Report"
 
-# Payloads are cut to 1 MiB by the worker; nothing legitimate is larger than this.
-MAX_MESSAGE_BYTES = 16 * 2**20
+# Slices and states are cut to 1 MiB by the worker; metrics and batch-norm statistics, once per
+# epoch, are one message. Nothing legitimate is larger than this.
+MAX_MESSAGE_BYTES = 256 * 2**20
 
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),

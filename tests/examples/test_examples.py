@@ -1,0 +1,70 @@
+"""The example trainers, as a new user runs them."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+pytestmark = pytest.mark.timeout(260)
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+KEYS = {
+    *("worker", "num_workers", "rounds", "contributed", "late", "replayed", "wall_seconds"),
+    *("weights_sha256", "optimizer_sha256", "metrics"),
+}
+
+
+def _run(directory: Path, num_workers: int, script: str, *flags: str) -> list[dict[str, Any]]:
+    """Runs an example with the launcher and returns what the workers wrote."""
+    command = [sys.executable, "-m", "tf_syncdist.launch", f"--num_workers={num_workers}"]
+    command += [str(EXAMPLES / script), f"--summary_dir={directory}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(r"worker (\d): weights_sha256=([0-9a-f]{64})$", done.stdout, re.M)
+    assert len(lines) == num_workers and len({sha256 for _, sha256 in lines}) == 1
+    assert not re.search("warning", done.stdout + done.stderr, re.I)
+    found = [json.loads((directory / f"worker-{i}.json").read_text()) for i in range(num_workers)]
+    for index, summary in enumerate(found):
+        assert summary.keys() == KEYS
+        assert summary["worker"] == index and summary["num_workers"] == num_workers
+        in_all = summary["contributed"] + summary["late"] + summary["replayed"]
+        assert summary["rounds"] == in_all == found[0]["rounds"] > 0
+        for name in ("weights_sha256", "optimizer_sha256", "metrics"):
+            assert summary[name] == found[0][name]
+        assert all(isinstance(value, float) for value in summary["metrics"].values())
+    return found
+
+
+def test_a_slow_worker_costs_the_others_little(tmp_path: Path) -> None:
+    flags = ("--backup_workers=1", "--slow_worker=2:0.3")
+    first, second, slow = _run(tmp_path, 3, "train_mnist.py", *flags)
+    assert first["metrics"]["test_accuracy"] > 0.93
+    assert slow["late"] + slow["replayed"] > 0
+    for fast in (first, second):
+        assert fast["wall_seconds"] < fast["rounds"] * 0.3 / 4
+
+
+def test_a_custom_loop_trains_on_two_workers(tmp_path: Path) -> None:
+    first, _ = _run(tmp_path, 2, "custom_loop.py", "--epochs=6")
+    assert first["metrics"]["test_accuracy"] > 0.93
+    assert first["contributed"] == first["rounds"]
+
+
+def test_one_worker_writes_the_same_summary(tmp_path: Path) -> None:
+    (only,) = _run(tmp_path, 1, "train_mnist.py", "--epochs=2", "--steps_per_epoch=10")
+    assert only["rounds"] == only["contributed"] == 20
+    assert only["wall_seconds"] > 0
+
+
+def test_mnist_is_learned_by_two_workers(tmp_path: Path) -> None:
+    data = Path(__file__).parents[3] / "shared" / "data" / "mnist10k"
+    if not data.is_dir():
+        pytest.skip("needs the 10,000 MNIST images beside the checkout")
+    flags = ("--dataset=mnist", f"--data_dir={data}", "--model=cnn", "--epochs=3")
+    first, _ = _run(tmp_path, 2, "train_mnist.py", *flags)
+    assert first["metrics"]["test_accuracy"] > 0.95
