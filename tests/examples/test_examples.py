@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-
 pytestmark = pytest.mark.timeout(260)
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
