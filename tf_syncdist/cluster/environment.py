@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -52,8 +53,8 @@ def shared_environment(
             nowhere. By default a Python process is started to find out.
 
     Returns:
-        The variables, and a warning if tasks will import another copy of this package than the
-        launcher is.
+        The variables, and a warning if tasks will import a copy of this package that differs from
+        the launcher's.
     """
     env = dict(base)
     env["PYTHONUNBUFFERED"] = "1"
@@ -63,12 +64,23 @@ def shared_environment(
     if not found:
         paths = [env.get("PYTHONPATH", ""), os.path.dirname(_PACKAGE)]
         env["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    elif os.path.dirname(os.path.realpath(found)) != _PACKAGE:
+    elif not _same_package(os.path.dirname(os.path.realpath(found)), _PACKAGE):
         return env, (
             f"tasks will import tf_syncdist from {os.path.dirname(found)}, but the launcher is the "
             f"one in {_PACKAGE}; install one of them, or set PYTHONPATH"
         )
     return env, None
+
+
+def _same_package(one: str, other: str) -> bool:
+    """Says whether two directories hold the same modules, as a checkout and its installation do."""
+    if one == other:
+        return True
+    modules = [
+        {path.relative_to(root): path.read_bytes() for path in pathlib.Path(root).rglob("*.py")}
+        for root in (one, other)
+    ]
+    return modules[0] == modules[1]
 
 
 def _find_package(env: Mapping[str, str]) -> str:
