@@ -1,6 +1,5 @@
 """A worker's side of the job: what it has received so far, and waits with deadlines on it."""
 
-import logging
 import random
 import threading
 import time
@@ -14,8 +13,6 @@ from tf_syncdist.propagation.slices import Plan
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.connection import Connection
-
-_log = logging.getLogger("tf_syncdist")
 
 _DTYPE_NUMBERS = {
     "float32": pb.FLOAT32,
