@@ -6,6 +6,7 @@ __all__ = [
     "ModelMismatchError",
     "ServiceError",
     "SyncDistError",
+    "UnsupportedVersionError",
     "WaitTimeoutError",
 ]
 
@@ -32,3 +33,7 @@ class ServiceError(SyncDistError, RuntimeError):
 
 class WaitTimeoutError(SyncDistError, TimeoutError):
     """A wait for other workers passed its deadline."""
+
+
+class UnsupportedVersionError(SyncDistError, ImportError):
+    """TensorFlow or Keras has moved something private that this package cannot do without."""

@@ -1,32 +1,73 @@
-"""The only place that touches TensorFlow's private modules.
+"""The only place that touches private parts of TensorFlow and Keras.
 
-Every import below says why no public way exists. Tried with TensorFlow 2.21 and Keras 3.15.
+Every use below says why no public way exists. Tried with TensorFlow 2.18 to 2.21 and Keras 3.10 to
+3.15; with another version that has moved one of them, the error names what has moved.
 """
 
+import contextlib
+import importlib
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import tensorflow as tf
+
+from tf_syncdist.errors import UnsupportedVersionError
+
+
+def _private(module: str, name: str) -> Any:
+    """Returns something private of TensorFlow, or says that it has moved."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError):
+        raise UnsupportedVersionError(
+            f"tf_syncdist uses `{module}.{name}`, which TensorFlow {tf.__version__} does not "
+            "have. Install a version of TensorFlow that setup.cfg of tf_syncdist names."
+        ) from None
+
+
+def _seam(owner: Any, name: str) -> str:
+    """Returns the name of something private of Keras, or says that it has moved."""
+    if not hasattr(owner, name):
+        owner = owner if isinstance(owner, type) else type(owner)
+        raise UnsupportedVersionError(
+            f"tf_syncdist uses `{owner.__module__}.{owner.__name__}.{name}`, which Keras "
+            f"{keras.__version__} does not have. Install a version of Keras that setup.cfg of "
+            "tf_syncdist names."
+        )
+    return name
+
 
 # `tf_convert` is what Strategy.run applies to a replica function; it has to be applied before a
 # tf.function of our own hides the caller's AutoGraph status.
-from tensorflow.python.autograph.core import ag_ctx
-from tensorflow.python.autograph.impl import api as autograph
+_AUTOGRAPH = "tensorflow.python.autograph"
+_control_status_ctx = _private(f"{_AUTOGRAPH}.core.ag_ctx", "control_status_ctx")
+_tf_convert = _private(f"{_AUTOGRAPH}.impl.api", "tf_convert")
+_autograph_artifact = _private(f"{_AUTOGRAPH}.impl.api", "autograph_artifact")
 
 # The batch size that a tf.data pipeline was given; public code reads element_spec only, which says
-# None as soon as a last partial batch is possible.
-from tensorflow.python.data.experimental.ops import distribute as data_distribute
+# None as soon as a last partial batch is possible. And sharding by files, which a user can ask for.
+_DATA = "tensorflow.python.data.experimental.ops.distribute"
+_compute_batch_size = _private(_DATA, "compute_batch_size")
+_AutoShardDataset = _private(_DATA, "_AutoShardDataset")
 
 # tf.distribute.StrategyExtended is public, but an implementation with mirrored variables is not.
-from tensorflow.python.distribute import mirrored_strategy
+_MirroredExtended = _private("tensorflow.python.distribute.mirrored_strategy", "MirroredExtended")
+
+# PerReplica values cannot be made in a public way.
+_regroup = _private("tensorflow.python.distribute.distribute_utils", "regroup")
 
 # How variables tell what they are; tf.VariableSynchronization is public, the classes are not.
-from tensorflow.python.distribute import values as distribute_values
+_SyncOnReadVariable = _private("tensorflow.python.distribute.values", "SyncOnReadVariable")
 
 # Whether the user has set a global seed; tf.random.set_seed has no getter.
-from tensorflow.python.eager import context
+_global_seed = _private("tensorflow.python.eager.context", "global_seed")
 
-_UPDATE = "_distributed_tf_update_step"
+# Keras' optimizers say in no public way that they are about to update variables, or that they ask
+# whether gradients are finite; the names of the methods that they hand to tf.distribute do.
+_UPDATE_STEP = _seam(keras.optimizers.Optimizer, "_distributed_tf_update_step")
+_CHECK_FINITE = _seam(keras.optimizers.LossScaleOptimizer, "check_finite")
 
 # With one device these options lead to tf.data's own iterator. MultiDeviceIterator, the default,
 # crashes now and then when it is destroyed at the end of an epoch, and takes seconds to end.
@@ -39,10 +80,26 @@ _PLAIN_ITERATOR = tf.distribute.InputOptions(
 class Hooks:
     """What a strategy is asked while functions are traced. The defaults are for one worker."""
 
+    def carried(self) -> Callable[[], contextlib.AbstractContextManager]:
+        """Returns what a replica's thread enters to be seen as part of this one."""
+        return contextlib.nullcontext
+
+    def leaves_worker(self) -> bool:
+        """Returns whether reductions are over all workers now, and not over one's devices."""
+        return False
+
     def all_reduce(self, reduce_op: tf.distribute.ReduceOp, values: list) -> list:
-        """Reduces one worker's values over all workers."""
+        """Reduces values, already summed over this worker's devices, over all workers."""
         del reduce_op
         return values
+
+    def all_finite(self, optimizer: object, finite: tf.Tensor) -> tf.Tensor:
+        """Returns whether the gradients of all workers are finite, for a loss-scale optimizer."""
+        del optimizer
+        return finite
+
+    def on_gradient_of_exchange(self) -> None:
+        """Is told that an exchange is part of what is differentiated."""
 
     def on_update(self, optimizer: object, variables: list) -> None:
         """Is told that an optimizer is about to update variables with reduced gradients."""
@@ -52,40 +109,101 @@ class Hooks:
 
 
 class WorkerReplicaContext(tf.distribute.ReplicaContext):
-    """The replica context of a worker with one device.
+    """The replica context of one device of a worker.
 
-    Its merge_call is inline. MirroredStrategy's threads refuse a merge_call inside tf.cond, which
-    breaks gradient accumulation, EMA overwriting and loss scaling of Keras' optimizers.
+    With one device its merge_call is inline. MirroredStrategy's threads refuse a merge_call inside
+    tf.cond, which breaks gradient accumulation and EMA overwriting of Keras' optimizers.
+
+    Args:
+        strategy: The strategy.
+        replica_id: Id of the replica in the whole job.
+        hooks: See `Hooks`.
+        inner: The context of MirroredStrategy's thread, where a worker has several devices.
     """
 
-    def __init__(self, strategy: tf.distribute.Strategy, replica_id: int, hooks: Hooks) -> None:
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        replica_id: int,
+        hooks: Hooks,
+        inner: tf.distribute.ReplicaContext | None = None,
+    ) -> None:
         super().__init__(strategy, replica_id)
         self._hooks = hooks
+        self._inner = inner
 
     def merge_call(self, merge_fn: Callable, args: tuple = (), kwargs: dict | None = None) -> Any:
         optimizer = getattr(merge_fn, "__self__", None)
-        if optimizer is not None and getattr(merge_fn, "__name__", "") == _UPDATE:
-            self._hooks.on_update(optimizer, [v for g, v in args[0] if g is not None])
-        return super().merge_call(merge_fn, args, kwargs)
+        if optimizer is None or getattr(merge_fn, "__name__", "") != _UPDATE_STEP:
+            return self._merge(merge_fn, args, kwargs)
+
+        def update(strategy: tf.distribute.Strategy, pairs: Any, *rest: Any) -> Any:
+            self._hooks.on_update(optimizer, [v for g, v in pairs if g is not None])
+            return merge_fn(strategy, pairs, *rest)
+
+        return self._merge(update, args, kwargs)
+
+    def _merge(self, merge_fn: Callable, args: tuple, kwargs: dict | None) -> Any:
+        if self._inner is None:
+            return super().merge_call(merge_fn, args, kwargs)
+        try:
+            return self._inner._merge_call(merge_fn, args, kwargs or {})
+        except RuntimeError as e:
+            if "`merge_call` called while defining a new graph" not in str(e):
+                raise
+            raise NotImplementedError(
+                "Expected one device per worker for a training function that updates or reduces "
+                "inside of a condition or loop, such as an optimizer with "
+                "`gradient_accumulation_steps` or `ema_overwrite_frequency`. Received: "
+                f"{len(self.strategy.extended.worker_devices)} devices. Start one worker per "
+                "device, or leave the option out."
+            ) from e
 
     def all_reduce(self, reduce_op: Any, value: Any, options: Any = None) -> Any:
-        del options
+        if not self._hooks.leaves_worker():
+            alone = self._inner is None
+            return value if alone else super().all_reduce(reduce_op, value, options)
         if isinstance(reduce_op, str):
             reduce_op = tf.distribute.ReduceOp(reduce_op.upper())
 
         @tf.custom_gradient
         def reduce(*values: tf.Tensor) -> tuple:
-            reduced = self._hooks.all_reduce(reduce_op, list(values))
-            # The gradient of an all-sum is itself an all-sum.
-            return reduced, lambda *upstream: self.all_reduce(reduce_op, list(upstream))
+            def gradient(*upstream: tf.Tensor) -> Any:
+                self._hooks.on_gradient_of_exchange()
+                # The gradient of an all-sum is itself an all-sum.
+                return self.all_reduce(reduce_op, list(upstream))
+
+            return self._reduce(reduce_op, values), gradient
 
         flat = [tf.convert_to_tensor(v) for v in tf.nest.flatten(value)]
         reduced = reduce(*flat) if flat else []
         reduced = list(reduced) if isinstance(reduced, list | tuple) else [reduced]
         return tf.nest.pack_sequence_as(value, reduced)
 
+    def all_gather(self, value: Any, axis: int, options: Any = None) -> Any:
+        if self._hooks.leaves_worker():
+            raise NotImplementedError(
+                "Expected no `all_gather` in a function of several workers, because a round closes "
+                "without the values of late workers. Use `all_reduce`."
+            )
+        return super().all_gather(value, axis, options)
 
-class WorkerExtended(mirrored_strategy.MirroredExtended):
+    def _reduce(self, reduce_op: tf.distribute.ReduceOp, values: Sequence[tf.Tensor]) -> list:
+        if self._inner is None:
+            return self._hooks.all_reduce(reduce_op, list(values))
+
+        def reduce(strategy: tf.distribute.Strategy, *grouped: Any) -> list:
+            home = strategy.extended.worker_devices[0]
+            total = [
+                tf.identity(strategy.extended.reduce_to(tf.distribute.ReduceOp.SUM, v, home))
+                for v in grouped
+            ]
+            return self._hooks.all_reduce(reduce_op, total)
+
+        return self._merge(reduce, tuple(values), {})
+
+
+class WorkerExtended(_MirroredExtended):
     """MirroredStrategy's machinery for the devices of one worker.
 
     Args:
@@ -104,23 +222,61 @@ class WorkerExtended(mirrored_strategy.MirroredExtended):
     ) -> None:
         self._first_replica_id = first_replica_id
         self._hooks = hooks
+        self._lifted_functions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         logger = tf.get_logger()
         level = logger.level
         logger.setLevel("WARNING")  # MirroredStrategy logs its devices at INFO.
         try:
-            one_device = len(devices) == 1
-            ops = tf.distribute.ReductionToOneDevice() if one_device else None
+            # Collectives, the default, fail on CPUs within a loop (steps_per_execution > 1).
+            collective = len(devices) > 1 and all("GPU" in d for d in devices)
+            ops = None if collective else tf.distribute.ReductionToOneDevice()
             super().__init__(container, devices=list(devices), cross_device_ops=ops)
         finally:
             logger.setLevel(level)
 
     def _call_for_each_replica(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
-        if len(self.worker_devices) > 1:
-            return super()._call_for_each_replica(fn, args, kwargs)
+        optimizer = getattr(fn, "__self__", None)
+        result = self._call_replicas(fn, args, kwargs)
+        is_check = getattr(fn, "__name__", "") == _CHECK_FINITE
+        if is_check and isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+            # Keras asks the first replica only, and before gradients are reduced.
+            finite = tf.reduce_all(self._container_strategy().experimental_local_results(result))
+            return self._hooks.all_finite(optimizer, finite)
+        return result
+
+    def _call_replicas(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         strategy = self._container_strategy()
-        with WorkerReplicaContext(strategy, self._first_replica_id, self._hooks):
-            with tf.device(self.worker_devices[0]):
+        if len(self.worker_devices) == 1:
+            with WorkerReplicaContext(strategy, self._first_replica_id, self._hooks):
+                with tf.device(self.worker_devices[0]):
+                    return fn(*args, **kwargs)
+        if is_tf_function(fn):
+            return self._lifted(fn)(*args, **kwargs)
+
+        carried = self._hooks.carried()
+
+        @own_code
+        def replica(*args: Any, **kwargs: Any) -> Any:
+            inner = tf.distribute.get_replica_context()
+            replica_id = inner._replica_id_in_sync_group
+            context = WorkerReplicaContext(strategy, replica_id, self._hooks, inner)
+            with carried(), context:
                 return fn(*args, **kwargs)
+
+        return super()._call_for_each_replica(replica, args, kwargs)
+
+    def _lifted(self, fn: Callable) -> Callable:
+        """Puts the replicas inside of a tf.function that was given as replica function."""
+        lifted = self._lifted_functions.get(fn)
+        if lifted is None:
+            python_function = fn.python_function
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                converted = convert(python_function)
+                return self._call_replicas(converted, args, kwargs)
+
+            lifted = self._lifted_functions[fn] = with_python_function(fn, call)
+        return lifted
 
     def _create_variable(self, next_creator: Callable, **kwargs: Any) -> tf.Variable:
         variable = super()._create_variable(next_creator, **kwargs)
@@ -135,18 +291,25 @@ class WorkerExtended(mirrored_strategy.MirroredExtended):
     def _get_replica_id_in_sync_group(self, replica_id: Any) -> Any:
         return replica_id + self._first_replica_id
 
-    def distribute_from_function(
-        self, fn: Callable, context: tf.distribute.InputContext, options: Any
-    ) -> Any:
-        """Like `_distribute_datasets_from_function`, with the true input context for `fn`."""
+    def _distribute_datasets_from_function(self, fn: Callable, options: Any) -> Any:
         if options is None and len(self.worker_devices) == 1:
             options = _PLAIN_ITERATOR
-        return super()._distribute_datasets_from_function(lambda _: fn(context), options)
+        return super()._distribute_datasets_from_function(fn, options)
 
     def _experimental_distribute_dataset(self, dataset: tf.data.Dataset, options: Any) -> Any:
         if options is None and len(self.worker_devices) == 1:
-            return super()._distribute_datasets_from_function(lambda _: dataset, _PLAIN_ITERATOR)
+            return self._distribute_datasets_from_function(lambda _: dataset, options)
         return super()._experimental_distribute_dataset(dataset, options)
+
+    def _experimental_distribute_values_from_function(self, value_fn: Callable) -> Any:
+        """Like MirroredStrategy's, with ids that are unique in the job."""
+        strategy = self._container_strategy()
+        first, devices = self._first_replica_id, self.worker_devices
+        contexts = [
+            tf.distribute.experimental.ValueContext(first + i, strategy.num_replicas_in_job)
+            for i in range(len(devices))
+        ]
+        return _regroup([value_fn(c) for c in contexts], always_wrap=True)
 
 
 def local_devices() -> list[str]:
@@ -157,7 +320,7 @@ def local_devices() -> list[str]:
 
 def convert(fn: Callable) -> Callable:
     """Returns a replica function converted by AutoGraph as its caller's status asks for."""
-    return autograph.tf_convert(fn, ag_ctx.control_status_ctx(), convert_by_default=False)
+    return _tf_convert(fn, _control_status_ctx(), convert_by_default=False)
 
 
 def own_code(method: Callable) -> Callable:
@@ -166,7 +329,7 @@ def own_code(method: Callable) -> Callable:
     Unlike tf.autograph.experimental.do_not_convert, it leaves the status as it is for the user's
     functions that the method calls.
     """
-    return autograph.autograph_artifact(method)
+    return _autograph_artifact(method)
 
 
 def is_tf_function(fn: Callable) -> bool:
@@ -181,7 +344,7 @@ def with_python_function(fn: Callable, python_function: Callable) -> Callable:
 
 def is_sync_on_read(value: object) -> bool:
     """Returns whether a value is a metric-like variable, local to replicas until it is read."""
-    return isinstance(value, distribute_values.SyncOnReadVariable)
+    return isinstance(value, _SyncOnReadVariable)
 
 
 def components(variable: tf.Variable) -> tuple[tf.Variable, ...]:
@@ -198,13 +361,28 @@ def static_batch_size(dataset: tf.data.Dataset) -> int | None:
     }
     if len(sizes) == 1 and None not in sizes:
         return sizes.pop()
-    size = int(data_distribute.compute_batch_size(dataset).numpy())
+    size = int(_compute_batch_size(dataset).numpy())
     return size if size > 0 else None
 
 
 def global_seed_is_set() -> bool:
     """Returns whether the user has called tf.random.set_seed."""
-    return context.global_seed() is not None
+    return _global_seed() is not None
+
+
+def per_replica(values: Sequence[Any]) -> Any:
+    """Returns nests, one for each device of a worker, as one nest of PerReplica values."""
+    return _regroup(tuple(values), always_wrap=True)
+
+
+def shard_by_files(dataset: tf.data.Dataset, num_workers: int, worker: int) -> tf.data.Dataset:
+    """Returns a worker's share as TensorFlow's auto-sharding makes it."""
+    return _AutoShardDataset(dataset, num_workers, worker, num_workers)
+
+
+def trained_by(optimizer: object) -> list:
+    """Returns the Keras variables that an optimizer trains."""
+    return list(getattr(optimizer, _seam(optimizer, "_trainable_variables")))
 
 
 def last_call() -> tf.Operation | None:

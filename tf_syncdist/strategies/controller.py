@@ -2,6 +2,7 @@
 
 import enum
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -50,6 +51,7 @@ class RunSite(Protocol):
     """One place in a program where training runs happen (one trace of a replica function)."""
 
     replayable: bool
+    unlike_replay: str
     synchronised: bool
     outputs: list[np.ndarray] | None
 
@@ -119,6 +121,8 @@ class RunController:
         self._plans: dict[tuple[TensorSpec, ...], Plan] = {}
         self._fates = dict.fromkeys((pb.CONTRIBUTED, pb.LATE, pb.REPLAYED, pb.MISSED), 0)
         self._mode = Mode.COMPUTE
+        self._site: RunSite | None = None
+        self._explained: weakref.WeakSet = weakref.WeakSet()
         self._substitute = False
         self._late = False
         self._lost = False
@@ -135,6 +139,8 @@ class RunController:
         """Begins a run and decides what it does."""
         with _recorded(self):
             self._on_begin()
+            self._site = site
+            self._session.begin_run(self.run)
             self._exchange = 0
             self._substitute = self._late = self._lost = False
             self.answer_state_requests()
@@ -173,7 +179,7 @@ class RunController:
             if self._mode is Mode.COMPUTE:
                 site.outputs = None if outputs is None else [np.array(o) for o in outputs]
                 fate = pb.REPLAYED if self._substitute else pb.CONTRIBUTED
-                self._computed += not self._substitute
+                self._computed += 1
                 fate = pb.LATE if self._late else fate
             elif self._mode is Mode.REPLAY:
                 fate = pb.REPLAYED
@@ -193,6 +199,13 @@ class RunController:
     def runs_done(self) -> tuple[int, int]:
         """How many runs this worker has done, and how many of them it computed."""
         return self.run, self._computed
+
+    def replays(self, run: int) -> bool:
+        """Returns whether a coming run is surely not going to be computed."""
+        site = self._site
+        if site is None or not site.replayable or site.outputs is None:
+            return False
+        return run < self._resume_at or self._session.exchanges_of(run) is not None
 
     def report(self) -> LocalReport:
         """Returns this worker's counts."""
@@ -221,6 +234,20 @@ class RunController:
 
     # How.
 
+    def mend(self, giver: int, names: Sequence[str]) -> None:
+        """Takes over another worker's variables, because this worker's have come to differ.
+
+        Args:
+            giver: The worker whose variables are taken over.
+            names: The variables that differ.
+        """
+        more = f" and {len(names) - 1} more variable(s)" if len(names) > 1 else ""
+        self._on_notice(
+            f"worker {self._session.config.worker} differs from worker {giver} in {names[0]!r}"
+            f"{more} after {self.run} run(s): it takes over that worker's variables"
+        )
+        self._take_over(giver)
+
     def _decide(self, site: RunSite) -> Mode:
         over = self._session.job_over_at()
         if over is not None and self.run >= over[0]:
@@ -243,6 +270,13 @@ class RunController:
             return Mode.COMPUTE
         if not site.replayable:
             self._substitute = True
+            if site not in self._explained:
+                self._explained.add(site)
+                self._on_notice(
+                    f"worker {self._session.config.worker} executes the whole training function, "
+                    "with stored results, also in rounds that are over, because "
+                    f"{site.unlike_replay}"
+                )
             return Mode.COMPUTE
         return Mode.REPLAY
 
@@ -263,14 +297,17 @@ class RunController:
 
     def _refresh(self) -> None:
         """Takes over the state of an up-to-date worker."""
-        self._session.request_state(self.run)
+        self._take_over(None)
+        self._on_notice(
+            f"worker {self._session.config.worker} was too far behind in round {self.run}: it has "
+            f"taken over the state of round {self._resume_at} and skips the rounds between"
+        )
+
+    def _take_over(self, giver: int | None) -> None:
+        self._session.request_state(self.run, giver)
         state: State = self._session.receive_state(self._store.specs())
         self._store.assign(state.values)
         self._resume_at = state.run
-        self._on_notice(
-            f"worker {self._session.config.worker} was too far behind in round {self.run}: it has "
-            f"taken over the state of round {state.run} and skips the rounds between"
-        )
 
     def _plan(self, arrays: Sequence[np.ndarray]) -> Plan:
         specs = tuple(TensorSpec(a.dtype.name, a.shape) for a in arrays)

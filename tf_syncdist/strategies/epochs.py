@@ -2,16 +2,27 @@
 
 Metrics are summed over workers. Float state that training runs write outside of an optimizer, such
 as the statistics of batch normalisation, is averaged, weighted by the runs that a worker computed.
+Fingerprints of what workers must hold alike find a worker that does not.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import tensorflow as tf
 
 from tf_syncdist.propagation.slices import layout_of
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies import adapter, variables
-from tf_syncdist.transport.session import Session
+from tf_syncdist.transport.session import Gathered, Session
+
+
+class Fingerprinted(Protocol):
+    """What workers must hold alike."""
+
+    def fingerprints(self, leave_out: set[int]) -> list[tuple[str, int]]:
+        """Returns 64 bits for every common variable but those with these identities."""
+        ...
 
 
 class EpochExchange:
@@ -19,12 +30,22 @@ class EpochExchange:
 
     Args:
         session: The connection to the service.
+        state: The common variables.
         runs: Returns how many runs this worker has done, and how many of them it computed.
+        mend: Called with another worker and the names of variables in which this one differs.
     """
 
-    def __init__(self, session: Session, runs: Callable[[], tuple[int, int]]) -> None:
+    def __init__(
+        self,
+        session: Session,
+        state: Fingerprinted,
+        runs: Callable[[], tuple[int, int]],
+        mend: Callable[[int, list[str]], None],
+    ) -> None:
         self._session = session
+        self._state = state
         self._runs = runs
+        self._mend = mend
         self._metrics: dict[int, tf.Variable] = {}
         self._statistics: dict[int, tf.Variable] = {}
         self._done = 0
@@ -32,23 +53,44 @@ class EpochExchange:
         # For every metric variable: the sum over workers, and what this worker held then.
         self._sums: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}
 
-    def add(self, used: list[tf.Variable], owned: list[tf.Variable]) -> None:
+    def add(
+        self, used: list[tf.Variable], written: list[tf.Variable], owned: list[tf.Variable]
+    ) -> None:
         """Takes note of the variables of a training run.
 
         Args:
             used: Distributed variables that it reads or writes.
+            written: Those that it writes.
             owned: Variables of optimizers.
         """
         owned_ids = {id(v) for v in owned}
         for variable in used:
             if adapter.is_sync_on_read(variable):
                 self._metrics.setdefault(id(variable), variable)
-            elif (
-                variable.dtype.is_floating
+        for variable in written:
+            if (
+                not adapter.is_sync_on_read(variable)
+                and variable.dtype.is_floating
                 and not variable.trainable
                 and id(variable) not in owned_ids
             ):
                 self._statistics.setdefault(id(variable), variable)
+
+    def synchronize(self) -> None:
+        """Exchanges now, if there were runs since the last time."""
+        done, computed = self._runs()
+        if done > self._done:
+            weight, self._done, self._computed = computed - self._computed, done, computed
+            self._exchange(weight)
+
+    def begin_fit(self, fit: int) -> None:
+        """Compares with worker 0, where a fit begins that trains what was trained before."""
+        mine = self._state.fingerprints(set(self._statistics))
+        if mine:
+            found = self._session.gather(
+                pb.START, fit, self._runs()[0], hashes=[h for _, h in mine]
+            )
+            self._compare(mine, found)
 
     def forget_sums(self) -> None:
         """A training run or an evaluation begins: metrics are this worker's own again."""
@@ -66,10 +108,8 @@ class EpochExchange:
         """
         if id(variable) not in self._metrics:
             return None
-        done, computed = self._runs()
-        if may_exchange and done > self._done:
-            weight, self._done, self._computed = computed - self._computed, done, computed
-            self._exchange(weight)
+        if may_exchange:
+            self.synchronize()
         found = self._sums.get(id(variable))
         if found is None:
             return None
@@ -82,10 +122,10 @@ class EpochExchange:
     def _exchange(self, weight: int) -> None:
         metrics, statistics = list(self._metrics.values()), list(self._statistics.values())
         held = [_values(v) for v in metrics]
-        own = variables.read(statistics)
+        own = [np.mean(_values(v), axis=0) for v in statistics]
         mine = _pack(
             # How many copies are summed, for metric variables that are averaged.
-            [np.float64(len(held[0])), np.float64(weight)],
+            [np.float64(len(held[0]) if held else 1), np.float64(weight)],
             [np.sum(h, axis=0, dtype=np.float64) for h in held],
             # 0 times infinity is no number, but a worker without runs has none to say.
             [
@@ -94,9 +134,13 @@ class EpochExchange:
             ],
         )
         names = [(v.name, v.shape.as_list(), v.aggregation.name) for v in (*metrics, *statistics)]
-        total = self._session.exchange_epoch(self._done, layout_of(names), mine)
+        prints = self._state.fingerprints(set(self._statistics))
+        found = self._session.gather(
+            pb.METRICS, self._done, self._done, layout_of(names), mine, [h for _, h in prints]
+        )
+        self._compare(prints, found)
         (copies, weights), sums, means = _unpack(
-            total, [(), ()], [h[0].shape for h in held], [s.shape for s in own]
+            found.values, [(), ()], [h[0].shape for h in held], [s.shape for s in own]
         )
         for variable, value, copy in zip(metrics, sums, held, strict=True):
             if variable.aggregation is tf.VariableAggregation.MEAN:
@@ -105,6 +149,12 @@ class EpochExchange:
         if weights:
             averages = [(m / weights).astype(s.dtype) for m, s in zip(means, own, strict=True)]
             variables.assign(statistics, averages)
+
+    def _compare(self, mine: list[tuple[str, int]], found: Gathered) -> None:
+        """Mends this worker if it differs from the one whose fingerprints have come."""
+        differing = [n for (n, a), b in zip(mine, found.hashes, strict=False) if a != b]
+        if differing and found.reference != self._session.config.worker:
+            self._mend(found.reference, differing)
 
 
 def _pack(*groups: list[np.ndarray]) -> np.ndarray:

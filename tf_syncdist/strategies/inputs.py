@@ -6,6 +6,7 @@ piece w of every batch. With backup workers a pass over the data is dealt out be
 over, so the data is repeated; the epoch still has the announced number of batches.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
@@ -15,6 +16,11 @@ from tf_syncdist.strategies import adapter
 
 def divide(dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int) -> tf.data.Dataset:
     """Returns one worker's share of a batched dataset.
+
+    The auto-shard option of the dataset is honoured: by default and with DATA its batches are dealt
+    out, with FILE or HINT TensorFlow gives each worker its files, and with OFF the dataset is this
+    worker's own. With the latter three a batch is cut into N, of which an update takes one from
+    each worker.
 
     Args:
         dataset: The whole dataset; every worker must see it in the same order.
@@ -32,6 +38,8 @@ def divide(dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int)
     if batch_size is not None:
         check_divisible(batch_size, pieces)
     cardinality = int(dataset.cardinality())
+    if is_sharded_by_user(dataset):
+        return _cut_own(dataset, pieces, worker, num_workers, batch_size)
     if num_workers == pieces:
         return _deal(dataset, pieces, worker, num_workers)
     if cardinality == tf.data.UNKNOWN_CARDINALITY:
@@ -42,6 +50,65 @@ def divide(dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int)
         )
     mine = _deal(dataset.repeat(), pieces, worker, num_workers)
     return mine if cardinality == tf.data.INFINITE_CARDINALITY else mine.take(cardinality)
+
+
+def is_sharded_by_user(dataset: tf.data.Dataset) -> bool:
+    """Returns whether the option of a dataset asks for another division than that of batches."""
+    policy = dataset.options().experimental_distribute.auto_shard_policy
+    return policy in (_Policy.OFF, _Policy.FILE, _Policy.HINT)
+
+
+def _cut_own(
+    dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int, batch_size: int | None
+) -> tf.data.Dataset:
+    if batch_size is None:
+        raise ValueError(
+            "Expected a dataset of batches of one size, because its auto-shard option gives each "
+            "worker a share of its own. Received: batches of unknown size. Use `batch`, or leave "
+            "the option at its default."
+        )
+    if dataset.options().experimental_distribute.auto_shard_policy is not _Policy.OFF:
+        dataset = adapter.shard_by_files(dataset, num_workers, worker)
+    return dataset.rebatch(batch_size // pieces)
+
+
+def split(dataset: tf.data.Dataset, devices: int) -> tf.data.Dataset:
+    """Cuts each batch into one for each device of a worker."""
+    if devices == 1:
+        return dataset
+
+    def cut(*batch: Any) -> Any:
+        whole = _unstar(batch)
+        return adapter.per_replica([_piece(whole, tf.constant(i), devices) for i in range(devices)])
+
+    return dataset.map(cut)
+
+
+def group(dataset: tf.data.Dataset, devices: int) -> tf.data.Dataset:
+    """Takes one batch after the other for each device of a worker; a rest is left out."""
+    if devices == 1:
+        return dataset
+
+    def together(*windows: Any) -> tf.data.Dataset:
+        # A window of nests is a nest of windows.
+        elements = tf.data.Dataset.zip(_unstar(windows))
+        parts = tf.data.Dataset.zip(tuple(elements.skip(i).take(1) for i in range(devices)))
+        return parts.map(lambda *values: adapter.per_replica(values))
+
+    return dataset.window(devices, drop_remainder=True).flat_map(together)
+
+
+def piece_of_arrays(data: Any, index: int, pieces: int) -> Any:
+    """Returns one of N pieces of a batch that is given as arrays."""
+
+    def cut(array: Any) -> Any:
+        if not getattr(array, "shape", None):
+            return array
+        each = -(-len(array) // pieces)
+        start = index * each % max(len(array), 1)
+        return array[start : start + each]
+
+    return tf.nest.map_structure(cut, data)
 
 
 def divide_arrays(
@@ -61,19 +128,29 @@ def divide_arrays(
     return _deal(dataset.repeat(), pieces, worker, num_workers)
 
 
-class ContinuedDataset:
-    """A distributed dataset without end that goes on where the last epoch ended.
+_Policy = tf.data.experimental.AutoShardPolicy
+
+
+class WorkerDataset(tf.distribute.DistributedDataset):
+    """What one worker reads, as a distributed dataset.
+
+    It is read by tf.data's own iterator. MultiDeviceIterator, which TensorFlow uses, crashes now
+    and then when it is destroyed, and with several devices cannot be read within a loop.
 
     Args:
-        dataset: The distributed dataset.
+        dataset: The worker's share; with several devices its batches are PerReplica values.
+        continued: Whether the dataset has no end, and each epoch goes on where the last one ended.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: tf.data.Dataset, continued: bool) -> None:
         self._dataset = dataset
+        self._continued = continued
         self._built = False
         self._iterator: Any = None
 
     def __iter__(self) -> Any:
+        if not self._continued:
+            return iter(self._dataset)
         if not self._built:
             # Keras looks at a first batch to build the model; training starts with it again.
             self._built = True
@@ -81,6 +158,31 @@ class ContinuedDataset:
         if self._iterator is None:
             self._iterator = iter(self._dataset)
         return self._iterator
+
+    @property
+    def element_spec(self) -> Any:
+        """The specification of a batch."""
+        return self._dataset.element_spec
+
+    def cardinality(self) -> tf.Tensor:
+        """Returns how many batches there are."""
+        return self._dataset.cardinality()
+
+    def reduce(self, initial_state: Any, reduce_func: Callable) -> Any:
+        """Reduces the dataset; a loop over it in a tf.function becomes this."""
+        iterator = iter(self)
+
+        def body(batch: Any, state: Any) -> tuple:
+            state = reduce_func(state, batch.get_value())
+            return iterator.get_next_as_optional(), state
+
+        _, state = tf.while_loop(
+            lambda batch, state: batch.has_value(),
+            body,
+            [iterator.get_next_as_optional(), initial_state],
+            parallel_iterations=1,
+        )
+        return state
 
 
 def check_divisible(batch_size: int, pieces: int) -> None:

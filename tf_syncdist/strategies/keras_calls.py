@@ -1,35 +1,55 @@
-"""Tells the strategy which Keras method is calling it, by wrapping Model.fit, evaluate and predict.
+"""Tells the strategy which Keras method is calling it, by wrapping methods of keras.Model.
 
 Keras gives a strategy no way to know: fit, evaluate and predict distribute their input by the same
-call, and each process prints a progress bar of its own.
+call, and each process prints a progress bar and decides to stop on its own.
 """
 
 import contextlib
 import contextvars
 import functools
+import inspect
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+from tf_syncdist.strategies.stopping import Stopping
+
+_METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
+_TRAINING = ("fit", "train_on_batch")
+_WITH_PROGRESS_BAR = ("fit", "evaluate", "predict")
+
 
 class KerasCall:
-    """A call of fit, evaluate or predict that is in progress.
+    """A call of one of Keras' methods that is in progress.
 
     Args:
-        method: "fit", "evaluate" or "predict".
+        method: Its name.
+        model: The model.
         batch_size: What the user passed, or Keras' default; `None` if the input is batched.
     """
 
-    def __init__(self, method: str, batch_size: int | None) -> None:
+    def __init__(self, method: str, model: keras.Model, batch_size: int | None) -> None:
         self.method = method
+        self.model = model
         self.batch_size = batch_size
         self.has_input = False
 
     @property
+    def trains(self) -> bool:
+        """Whether the method trains the model."""
+        return self.method in _TRAINING
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether the model trains by Keras' own train_step."""
+        own = type(self.model).train_step is keras.Model.train_step
+        return self.trains and own and "train_step" not in vars(self.model)
+
     def takes_training_input(self) -> bool:
-        """Whether the next input to be distributed is that of training; true once per fit."""
+        """Returns whether the input being distributed is that of training; true once per fit."""
         if self.method != "fit" or self.has_input:
             return False
         self.has_input = True
@@ -39,6 +59,8 @@ class KerasCall:
 _current: contextvars.ContextVar[KerasCall | None] = contextvars.ContextVar(
     "tf_syncdist_keras_call", default=None
 )
+_strategies: weakref.WeakSet = weakref.WeakSet()
+_fits: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def current() -> KerasCall | None:
@@ -46,46 +68,73 @@ def current() -> KerasCall | None:
     return _current.get()
 
 
-def install() -> None:
-    """Wraps Keras' methods, once. Models without one of our strategies see no difference."""
-    for method in ("fit", "evaluate", "predict"):
+def install(strategy: tf.distribute.Strategy) -> None:
+    """Wraps Keras' methods, once, and takes note of a strategy of several workers.
+
+    Models without one of our strategies see no difference.
+    """
+    if strategy.num_workers > 1:
+        _strategies.add(strategy)
+    for method in _METHODS:
         original = getattr(keras.Model, method)
         if not hasattr(original, "_tf_syncdist"):
             wrapped = _wrap(original, method)
             wrapped._tf_syncdist = True
             setattr(keras.Model, method, wrapped)
+    if not isinstance(inspect.getattr_static(keras.Model, "stop_training", None), _StopTraining):
+        keras.Model.stop_training = _StopTraining()
 
 
 def _wrap(original: Callable, method: str) -> Callable:
+    signature = inspect.signature(original)
+
     @functools.wraps(original)
     def call(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
-        strategy = getattr(self, "distribute_strategy", None)
+        strategy = self.distribute_strategy
         handler = getattr(strategy, "_keras_call", None)
         if handler is None:
+            if method in _TRAINING:
+                _check_scope(strategy)
             return original(self, *args, **kwargs)
-        with handler(self, method, args, kwargs):
-            return original(self, *args, **kwargs)
+        try:
+            bound = signature.bind_partial(self, *args, **kwargs)
+        except TypeError:
+            return original(self, *args, **kwargs)  # It says itself what is wrong.
+        with handler(method, self, bound.arguments):
+            return original(*bound.args, **bound.kwargs)
 
     return call
 
 
+def _check_scope(strategy: tf.distribute.Strategy) -> None:
+    outside = not tf.distribute.has_strategy() and strategy is tf.distribute.get_strategy()
+    if outside and any(s.is_open for s in _strategies):
+        raise ValueError(
+            "Expected a model that was built under the scope of the strategy of this job. "
+            "Received: a model built outside of any scope, which every worker would train on its "
+            "own. Build and compile it within `with strategy.scope():`; for a model that each "
+            'worker is to train alone use `with tf.distribute.OneDeviceStrategy("/cpu:0").scope():`'
+        )
+
+
 @contextlib.contextmanager
-def calling(method: str, args: tuple, kwargs: dict, quiet: bool) -> Iterator[KerasCall]:
+def calling(
+    method: str, model: keras.Model, arguments: dict[str, Any], quiet: bool
+) -> Iterator[KerasCall]:
     """Marks a Keras call as the one in progress.
 
     Args:
         method: The method.
-        args: Its positional arguments after `self`.
-        kwargs: Its keyword arguments; `verbose` is turned off here if `quiet` and not given.
+        model: The model.
+        arguments: Its arguments by name; `verbose` is turned off here if `quiet` and not given.
         quiet: Whether this worker prints no progress bar.
     """
-    positions = {"fit": (2, 4), "evaluate": (2, 3), "predict": (1, 2)}[method]
-    batch_size = args[positions[0]] if len(args) > positions[0] else kwargs.get("batch_size")
-    given = len(args) > positions[1] or kwargs.get("verbose", "auto") != "auto"
-    if quiet and not given:
-        kwargs["verbose"] = 0
-    data = args[0] if args else kwargs.get("x")
-    token = _current.set(KerasCall(method, (batch_size or 32) if _is_arrays(data) else None))
+    progress = method in _WITH_PROGRESS_BAR
+    if quiet and progress and arguments.get("verbose", "auto") == "auto":
+        arguments["verbose"] = 0
+    arrays = progress and _is_arrays(arguments.get("x"))
+    batch_size = (arguments.get("batch_size") or 32) if arrays else None
+    token = _current.set(KerasCall(method, model, batch_size))
     try:
         yield _current.get()
     finally:
@@ -95,3 +144,64 @@ def calling(method: str, args: tuple, kwargs: dict, quiet: bool) -> Iterator[Ker
 def _is_arrays(data: Any) -> bool:
     leaves = tf.nest.flatten(data)
     return bool(leaves) and all(hasattr(v, "shape") and hasattr(v, "dtype") for v in leaves)
+
+
+class FitCallback(keras.callbacks.Callback):
+    """Meets the other workers where a fit begins and after each epoch's callbacks.
+
+    Args:
+        on_begin: Called before the first run of a fit.
+        on_epoch: Called after an epoch.
+    """
+
+    def __init__(self, on_begin: Callable[[], None], on_epoch: Callable[[], None]) -> None:
+        super().__init__()
+        self._on_begin = on_begin
+        self._on_epoch = on_epoch
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Is called by Keras."""
+        self._on_begin()
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        """Is called by Keras."""
+        self._on_epoch()
+
+
+@contextlib.contextmanager
+def fitting(
+    model: keras.Model, arguments: dict[str, Any], stopping: Stopping, callback: FitCallback
+) -> Iterator[None]:
+    """Adds a callback to a fit, behind the user's, and makes its stop a common one."""
+    callbacks = arguments.get("callbacks")
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        callbacks.append(callback)
+    else:
+        arguments["callbacks"] = [*tf.nest.flatten(callbacks or []), callback]
+    stopping.begin_fit()
+    _fits[model] = stopping
+    try:
+        yield
+    finally:
+        del _fits[model]
+
+
+class _StopTraining:
+    """`model.stop_training`: set, it is a wish; read, it says whether all workers stop now."""
+
+    def __get__(self, model: keras.Model | None, owner: type) -> Any:
+        if model is None:
+            return self
+        stopping = _fits.get(model)
+        if stopping is not None:
+            return stopping.stopped
+        try:
+            return vars(model)["stop_training"]
+        except KeyError:
+            raise AttributeError("stop_training") from None
+
+    def __set__(self, model: keras.Model, value: bool) -> None:
+        vars(model)["stop_training"] = value
+        stopping = _fits.get(model)
+        if stopping is not None:
+            stopping.wish(value)

@@ -80,6 +80,11 @@ class Membership:
         self._interrupts = InterruptWatcher(self._interrupted)
         atexit.register(self.close)
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether this worker has left the job."""
+        return self._closed
+
     def attach(self, controller: RunController) -> None:
         """Names the controller whose runs this membership is about."""
         self._controller = controller

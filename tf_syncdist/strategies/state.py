@@ -22,6 +22,7 @@ class CommonState:
         self._common: list[tf.Variable] = []
         self._names: dict[int, str] = {}
         self._new: list[tf.Variable] = []
+        self._accumulators: list[tf.Variable] = []
 
     def unsynchronised(self, site: Site) -> list[Spec]:
         owned = optimizer_variables(site)
@@ -30,8 +31,11 @@ class CommonState:
                 # Keras' names of its own, such as "sequential/dense/kernel".
                 self._names[id(variable.value)] = variable.path
         candidates = self._registry.containers(site.variables)
+        self._accumulators = [v for v in self._registry.alive() if vars_lib.is_accumulator(v)]
         known = {id(v) for v in self._common}
-        self._new = [v for v in vars_lib.synchronised(candidates, owned) if id(v) not in known]
+        written = self._registry.containers(site.written) if site.written else ()
+        chosen = vars_lib.synchronised(candidates, owned, written)
+        self._new = [v for v in chosen if id(v) not in known]
         return vars_lib.specs(self._new, self._names)
 
     def read_new(self) -> list[np.ndarray]:
@@ -52,6 +56,16 @@ class CommonState:
 
     def assign(self, values: Sequence[np.ndarray]) -> None:
         vars_lib.assign(self._common, values)
+        # What was accumulated for runs that are skipped belongs to no update any more.
+        vars_lib.assign(self._accumulators, [np.zeros(v.shape) for v in self._accumulators])
+
+    def fingerprints(self, leave_out: set[int]) -> list[tuple[str, int]]:
+        """Returns names and 64 bits of all common variables but those with these identities."""
+        return [
+            (name, vars_lib.fingerprint(variable))
+            for variable, (name, _, _) in zip(self._common, self.specs(), strict=True)
+            if id(variable) not in leave_out
+        ]
 
 
 def optimizer_variables(site: Site) -> list[tf.Variable]:

@@ -12,14 +12,17 @@ import tensorflow as tf
 from tf_syncdist.cluster import roles
 from tf_syncdist.cluster.child import become_aggregator
 from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync, serialize
-from tf_syncdist.errors import ClusterConfigError
 from tf_syncdist.observability.reports import Report
 from tf_syncdist.strategies import adapter, inputs, keras_calls
 from tf_syncdist.strategies.controller import LocalReport, RunController
 from tf_syncdist.strategies.epochs import EpochExchange
+from tf_syncdist.strategies.graph_runs import run_in_graph
 from tf_syncdist.strategies.lifetime import Membership, say
+from tf_syncdist.strategies.seeds import Seeds
 from tf_syncdist.strategies.sites import Runs, Site
+from tf_syncdist.strategies.sources import Source
 from tf_syncdist.strategies.state import CommonState, optimizer_variables
+from tf_syncdist.strategies.stopping import Stopping
 from tf_syncdist.strategies.variables import VariableRegistry
 
 _MAX_SLICE_BYTES = 64 * 2**20
@@ -110,12 +113,6 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         if role.is_aggregator:
             become_aggregator(role, insecure)
         devices = adapter.local_devices()
-        if role.num_workers > 1 and len(devices) > 1:
-            raise ClusterConfigError(
-                "Expected one device per worker in a job of several workers. "
-                f"Received: {len(devices)} devices {devices}. Start one worker per device, each "
-                "with its own CUDA_VISIBLE_DEVICES."
-            )
         if role.num_workers > 1:
             self._member = Membership(
                 role,
@@ -131,31 +128,46 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         self._runs = Runs(
             self,
             self._aggregate * len(devices),
+            role.task_index,
+            self._aggregate == role.num_workers,
             self._is_local,
-            self._registry.add,
+            self._registry,
             self._on_traced,
         )
         self._lifted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         first_replica = role.task_index * len(devices)
         super().__init__(adapter.WorkerExtended(self, devices, first_replica, self._runs))
-        keras_calls.install()
         if self._member is not None:
             self._start(slice_bytes)
+        keras_calls.install(self)
 
     def _start(self, slice_bytes: int) -> None:
         session = self._member.session
-        self._epochs = EpochExchange(session, lambda: self._runs.controller.runs_done)
-        self._runs.controller = RunController(
-            session, CommonState(self._registry), slice_bytes, self._epochs.forget_sums, say
+        state = CommonState(self._registry)
+        self._controller = RunController(session, state, slice_bytes, self._before_run, say)
+        self._epochs = EpochExchange(
+            session, state, lambda: self._controller.runs_done, self._controller.mend
         )
-        self._member.attach(self._runs.controller)
+        self._seeds = Seeds(self._registry, self.worker_index)
+        self._stopping = Stopping(session, lambda: self._controller.run)
+        self._runs.controller = self._controller
+        self._member.attach(self._controller)
         if not adapter.global_seed_is_set():
             # Workers divide a dataset by position, so they must shuffle it alike.
             tf.random.set_seed(session.job_seed)
 
+    def _before_run(self) -> None:
+        self._epochs.forget_sums()
+        self._stopping.before_run()
+
     def _on_traced(self, site: Site) -> None:
+        for optimizer, _ in site.updates:
+            for variable in optimizer.variables:
+                self._registry.check(variable.value, variable.path)
         used = self._registry.containers(site.variables)
-        self._epochs.add(used, optimizer_variables(site))
+        written = used if site.written is None else self._registry.containers(site.written)
+        self._epochs.add(used, written, optimizer_variables(site))
+        self._seeds.fold(site.variables or ())
 
     # Who and how many.
 
@@ -163,6 +175,16 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
     def num_replicas_in_sync(self) -> int:
         """N x devices: over how many replicas the loss of an update is averaged."""
         return self._aggregate * len(self.extended.worker_devices)
+
+    @property
+    def num_replicas_in_job(self) -> int:
+        """How many replicas the job has, those of backup workers included."""
+        return self.num_workers * len(self.extended.worker_devices)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether this worker takes part in a job of several workers."""
+        return self._member is not None and not self._member.is_closed
 
     @property
     def num_workers(self) -> int:
@@ -199,7 +221,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         if self._member is None:
             rounds, seconds = self._runs.counted_alone()
             return LocalReport(0, 1, rounds, rounds, 0, 0, 0, seconds)
-        return self._runs.controller.report()
+        return self._controller.report()
 
     def close(self) -> None:
         """Leaves the job; done by itself when the program ends. May be called twice."""
@@ -231,10 +253,9 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         converted = adapter.convert(fn)
         once = functools.partial(super().run, converted, args, kwargs, options)
         if not tf.executing_eagerly():
-            return self._runs.run_in_graph(once, (args, kwargs))
+            return run_in_graph(self._runs, once, (args, kwargs))
         call = keras_calls.current()
-        training = call is not None and call.method == "fit"
-        return self._runs.run_eagerly(fn, once, training)
+        return self._runs.run_eagerly(fn, once, call is not None and call.is_standard)
 
     def _lift(self, fn: Callable) -> Callable:
         """Puts the run inside of a tf.function that was given as replica function."""
@@ -267,16 +288,32 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             ValueError: If the batch size is not divisible by N.
         """
         call = keras_calls.current()
-        if self._member is None or (call is not None and not call.takes_training_input):
+        if self._member is None or (call is not None and not call.takes_training_input()):
             return super().experimental_distribute_dataset(dataset, options)
         share = (self._aggregate, self.worker_index, self.num_workers)
-        if call is not None and call.batch_size is not None:
+        continued = call is not None and call.batch_size is not None
+        if continued:
             dataset = inputs.divide_arrays(dataset, *share)
-            return inputs.ContinuedDataset(
-                super().experimental_distribute_dataset(dataset, options)
-            )
-        dataset = inputs.divide(dataset, *share)
-        return super().experimental_distribute_dataset(dataset, options)
+            ends = False
+        else:
+            cardinality = int(dataset.cardinality())
+            own = inputs.is_sharded_by_user(dataset)
+            dataset = inputs.divide(dataset, *share)
+            ends = cardinality == tf.data.UNKNOWN_CARDINALITY
+            if own and cardinality >= 0:
+                # Shares may differ in length, but an epoch has the announced number of batches.
+                dataset = dataset.repeat()
+                dataset = dataset.take(cardinality) if call is None else dataset
+                continued = call is not None
+        dataset = self._watch(dataset, ends, call is not None)
+        dataset = inputs.split(dataset, len(self.extended.worker_devices))
+        return inputs.WorkerDataset(dataset, continued)
+
+    def _watch(self, dataset: tf.data.Dataset, ends: bool, fits: bool) -> tf.data.Dataset:
+        skips = fits and self._aggregate < self.num_workers
+        if not (ends or skips):
+            return dataset
+        return Source(self._member.session, self._controller, ends, skips).watch(dataset)
 
     def distribute_datasets_from_function(
         self,
@@ -288,13 +325,23 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         Args:
             dataset_fn: Called with a `tf.distribute.InputContext` that tells the truth: the
                 number of input pipelines is that of all workers, backup workers included, and
-                `get_per_replica_batch_size` divides by N x devices.
+                `get_per_replica_batch_size` divides by N x devices. Its dataset has batches of
+                that size. The shares of workers may differ in length: who has come to the end of
+                its own takes part no more, and the input ends for all workers as soon as fewer
+                than N have some left.
             options: See `tf.distribute.InputOptions`.
         """
-        context = tf.distribute.InputContext(
-            self.num_workers, self.worker_index, self.num_replicas_in_sync
+        if self._member is None:
+            return super().distribute_datasets_from_function(dataset_fn, options)
+        dataset = dataset_fn(
+            tf.distribute.InputContext(
+                self.num_workers, self.worker_index, self.num_replicas_in_sync
+            )
         )
-        return self.extended.distribute_from_function(dataset_fn, context, options)
+        # The shares of workers may differ in length.
+        ends = int(dataset.cardinality()) != tf.data.INFINITE_CARDINALITY
+        dataset = inputs.group(dataset, len(self.extended.worker_devices))
+        return inputs.WorkerDataset(self._watch(dataset, ends, fits=False), continued=False)
 
     # Values.
 
@@ -318,37 +365,66 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
                     return found
         return super().reduce(reduce_op, value, axis)
 
+    def synchronize(self) -> None:
+        """Combines over all workers, now, what Keras' `fit` combines after every epoch.
+
+        Metrics are summed, so that their results are those of all workers until the next training
+        run, the statistics of batch normalisation are averaged, and a worker whose variables have
+        come to differ is mended. Every worker must call it at the same place. For custom loops.
+        """
+        if self._member is not None:
+            self._epochs.synchronize()
+
     # Keras.
 
     def _is_local(self) -> bool:
         call = keras_calls.current()
-        return call is not None and call.method != "fit"
+        return call is not None and not call.trains
 
     @contextlib.contextmanager
-    def _keras_call(self, model: Any, method: str, args: tuple, kwargs: dict) -> Iterator[None]:
-        if method == "fit" and self._member is not None:
-            _check_model(model)
+    def _keras_call(self, method: str, model: Any, arguments: dict[str, Any]) -> Iterator[None]:
         quiet = self._member is not None and not self.is_chief
-        with keras_calls.calling(method, args, kwargs, quiet) as call:
+        with contextlib.ExitStack() as stack:
+            call = stack.enter_context(keras_calls.calling(method, model, arguments, quiet))
             if self._member is None:
                 yield
                 return
-            if method == "fit" and call.batch_size is not None:
-                inputs.check_divisible(call.batch_size, self._aggregate)
-            if method != "fit":
+            if call.trains:
+                self._prepare_training(call, arguments, stack)
+            else:
                 self._epochs.forget_sums()
             try:
                 yield
             except BaseException as e:
-                self._member.failed = method == "fit"
+                self._member.failed = call.trains
                 if self._member.interrupted is signal.SIGINT:
                     # TensorFlow's error for the step that was cut short hides the interrupt.
                     raise KeyboardInterrupt from None
-                cause = self._runs.controller.error
+                cause = self._controller.error
                 if cause is not None and isinstance(e, tf.errors.OpError):
                     raise cause from None
                 raise
             self._member.failed = False
+
+    def _prepare_training(
+        self, call: keras_calls.KerasCall, arguments: dict[str, Any], stack: contextlib.ExitStack
+    ) -> None:
+        _check_model(call.model)
+        if call.batch_size is not None:
+            inputs.check_divisible(call.batch_size, self._aggregate)
+        if call.method == "train_on_batch":
+            index = (self._controller.run + self.worker_index) % self._aggregate
+            for name in ("x", "y", "sample_weight"):
+                if arguments.get(name) is not None:
+                    arguments[name] = inputs.piece_of_arrays(
+                        arguments[name], index, self._aggregate
+                    )
+            return
+        self._seeds.fold()
+        callback = keras_calls.FitCallback(
+            lambda: self._epochs.begin_fit(self._stopping.fit), self._stopping.after_epoch
+        )
+        stack.enter_context(keras_calls.fitting(call.model, arguments, self._stopping, callback))
 
 
 def _policy(backup_workers: int | None, cutoff: CutoffPolicy | None) -> CutoffPolicy:

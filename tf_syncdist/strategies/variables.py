@@ -37,6 +37,51 @@ def variables_sha256(variables: Iterable[object]) -> str:
     return digest.hexdigest()
 
 
+def fingerprint(variable: tf.Variable) -> int:
+    """Returns 64 bits that differ if the value of a variable does."""
+    value = np.ascontiguousarray(adapter.components(variable)[0].numpy())
+    digest = hashlib.blake2b(value.reshape(-1).view(np.uint8), digest_size=8)
+    return int.from_bytes(digest.digest(), "little")
+
+
+# Names by which Keras' batch normalisation and TensorFlow's and Keras' random generators call what
+# they keep.
+_BATCH_STATISTICS = {
+    "moving_mean",
+    "moving_stddev",
+    "moving_variance",
+    "renorm_mean",
+    "renorm_stddev",
+}
+_RANDOM_STATES = {"StateVar", "seed_generator_state"}
+
+
+def is_random_state(variable: tf.Variable) -> bool:
+    """Returns whether a variable is the state of a random generator."""
+    return _last_name(variable) in _RANDOM_STATES
+
+
+def is_accumulator(variable: tf.Variable) -> bool:
+    """Returns whether a variable holds gradients that a Keras optimizer accumulates."""
+    return _last_name(variable).endswith("gradient_accumulator")
+
+
+def is_local(variable: tf.Variable) -> bool:
+    """Returns whether workers may hold a variable differently while an epoch runs.
+
+    Such are metrics, the statistics of batch normalisation, and the states of random generators.
+    """
+    return (
+        adapter.is_sync_on_read(variable)
+        or is_random_state(variable)
+        or (_last_name(variable) in _BATCH_STATISTICS and not variable.trainable)
+    )
+
+
+def _last_name(variable: tf.Variable) -> str:
+    return variable.name.split(":")[0].rstrip("/").split("/")[-1]
+
+
 class VariableRegistry:
     """Remembers which variables were made under a strategy's scope.
 
@@ -52,6 +97,19 @@ class VariableRegistry:
             # An identity may come back after its object is gone; order is that of creation.
             self._containers.pop(id(component), None)
             self._containers[id(component)] = weakref.ref(variable)
+
+    def knows(self, variable: tf.Variable) -> bool:
+        """Returns whether a variable was made under the scope."""
+        return id(adapter.components(variable)[0]) in self._containers
+
+    def check(self, variable: tf.Variable, name: str) -> None:
+        """Raises a ValueError if a variable that is trained was made outside of the scope."""
+        if not self.knows(variable):
+            raise ValueError(
+                "Expected the model and its optimizer to be made under the strategy's scope, since "
+                f"workers do not hold other variables alike. Received: {name!r}, which was made "
+                "outside of it. Build and compile the model within `with strategy.scope():`."
+            )
 
     def containers(self, captured: Iterable[tf.Variable] | None) -> list[tf.Variable]:
         """Returns the distributed variables that captured ones belong to.
@@ -75,21 +133,28 @@ class VariableRegistry:
         return list(found.values())
 
 
-def synchronised(variables: Iterable[tf.Variable], owned: Sequence[object]) -> list[tf.Variable]:
+def synchronised(
+    variables: Iterable[tf.Variable], owned: Sequence[object], written: Sequence[object] = ()
+) -> list[tf.Variable]:
     """Chooses the variables that every worker must hold alike.
 
-    Those are floating-point variables that are written alike on all replicas, and whatever an
-    optimizer owns. Metrics are local until they are read, and integer state (seeds) stays local.
+    Those are floating-point variables that are written alike on all replicas, whatever an optimizer
+    owns but for gradients that it accumulates, and counters that training writes. Metrics are local
+    until they are read, and the states of random generators stay local.
 
     Args:
         variables: Distributed variables.
         owned: TensorFlow variables of the optimizers.
+        written: Variables that training runs write.
     """
-    owned_ids = {id(v) for v in owned}
+    counted = {id(v) for v in (*owned, *written)}
     return [
         v
         for v in variables
-        if not adapter.is_sync_on_read(v) and (v.dtype.is_floating or id(v) in owned_ids)
+        if not adapter.is_sync_on_read(v)
+        and not is_accumulator(v)
+        and not is_random_state(v)
+        and (v.dtype.is_floating or id(v) in counted)
     ]
 
 

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 import tf_syncdist
@@ -39,6 +40,17 @@ def slowly(value: tf.Tensor, seconds: float) -> tf.Tensor:
 
     with tf.control_dependencies([tf.numpy_function(pause, [], tf.int64)]):
         return tf.identity(value)
+
+
+class Pause(keras.layers.Layer):
+    """Takes its time in training."""
+
+    def __init__(self, seconds: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.seconds = seconds
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        return slowly(inputs, self.seconds) if training else inputs
 
 
 def counts(strategy: tf_syncdist.SyncReplicasStrategy) -> dict[str, Any]:

@@ -1,0 +1,150 @@
+"""Builds the graph of a training run: compute, or replay, or skip.
+
+    if this round is still open:     fn()    forward, backward, push, receive, apply
+    else if it is over:              replay  apply the stored result, skip forward and backward
+    else if the state is further:    skip    nothing
+
+`fn` is traced once, into a function of its own, which tells whether it has an exchange at all and
+which optimizers apply the result. A function without exchange is called as it is.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tf_syncdist.strategies import adapter, traces
+from tf_syncdist.strategies.controller import Mode
+from tf_syncdist.strategies.sites import Runs, Site, apply_updates
+from tf_syncdist.strategies.variables import is_local
+
+
+def run_in_graph(runs: Runs, fn: Callable[[], Any], inputs: Any) -> Any:
+    """Emits one run of a replica function into the graph that is being built.
+
+    Args:
+        runs: Whose run it is.
+        fn: The function.
+        inputs: What it is given. A run begins when that is there: an iterator that has come to its
+            end must not begin a run.
+    """
+    site = Site()
+
+    @tf.function(autograph=False)
+    def compute() -> Any:
+        site.reset()
+        runs.fold_seed()
+        with runs.at(site):
+            return fn()
+
+    traced = compute.get_concrete_function()
+    if not site.exchanges and (runs.stays_local() or not traces.has_exchange(traced)):
+        return traced()
+    site.variables = list(traced.graph.variables)
+    writes = traces.count_writes(traced)
+    site.written = [v for v in site.variables if writes[id(v)]]
+    runs.on_traced(site)
+    outputs = tf.nest.flatten(traced.structured_outputs, expand_composites=True)
+    tensors = [o for o in outputs if tf.is_tensor(o)]
+    _check_outputs(tensors)
+
+    @tf.function(autograph=False)
+    def apply() -> None:
+        site.begin_replay()
+        try:
+            with runs.at(site):
+                apply_updates(runs.strategy, site.updates)
+        finally:
+            site.replaying = False
+
+    try:
+        replay = apply.get_concrete_function()
+        site.unlike_replay = _first_difference(runs, site, writes, traces.count_writes(replay))
+    except Exception as e:  # noqa: BLE001 - whatever an optimizer of the user's own objects to
+        site.unlike_replay = f"its optimizer cannot apply stored results ({e})"
+
+    def finish(after: tf.Operation | None, values: Sequence[tf.Tensor]) -> None:
+        with tf.control_dependencies([after] if after is not None else []):
+            done = tf.numpy_function(
+                lambda *arrays: runs.controller.finish(site, arrays), values, []
+            )
+        with tf.control_dependencies([done]):
+            runs.token.assign_add(1, read_value=False)
+
+    def computed() -> Any:
+        result = traced()
+        call = adapter.last_call()
+        flat = tf.nest.flatten(result, expand_composites=True)
+        finish(call, [o for o in flat if tf.is_tensor(o)])
+        return result
+
+    def kept() -> Any:
+        values = []
+        if tensors:
+            dtypes = [t.dtype for t in tensors]
+            values = tf.numpy_function(lambda: _kept_outputs(site, tensors), [], dtypes)
+        for value, like in zip(values, tensors, strict=True):
+            value.set_shape(like.shape)
+        remaining = iter(values)
+        filled = [next(remaining) if tf.is_tensor(o) else o for o in outputs]
+        return tf.nest.pack_sequence_as(traced.structured_outputs, filled, expand_composites=True)
+
+    def replayed() -> Any:
+        replay()
+        finish(adapter.last_call(), [])
+        return kept()
+
+    def skipped() -> Any:
+        finish(None, [])
+        return kept()
+
+    def left_out() -> Any:
+        if site.unlike_replay:
+            return skipped()
+        return tf.cond(tf.equal(mode, Mode.REPLAY), replayed, skipped)
+
+    given = tf.nest.flatten(inputs, expand_composites=True)
+    with tf.control_dependencies([runs.token.read_value(), *filter(tf.is_symbolic_tensor, given)]):
+        mode = tf.numpy_function(
+            lambda: np.int32(runs.controller.begin(site)), [], tf.int32, name="begin_run"
+        )
+    mode.set_shape(())
+    return tf.cond(tf.equal(mode, Mode.COMPUTE), computed, left_out)
+
+
+def _first_difference(
+    runs: Runs, site: Site, computed: Counter[int], replayed: Counter[int]
+) -> str:
+    """Says what the function does that a replay of its updates does not, or nothing."""
+    if site.exchanges != site.replayed_exchanges:
+        return (
+            "its exchanges are not one after the other inside of the same Keras optimizers, but "
+            "for instance in a condition, in a loop or applied by hand"
+        )
+    inside = runs.registry.containers(site.variables)
+    outside = [v for v in site.variables if not runs.registry.knows(v)]
+    for variable in (*inside, *outside):
+        copies = () if is_local(variable) else adapter.components(variable)
+        if any(computed[id(v)] != replayed[id(v)] for v in copies):
+            return f"it writes the variable {variable.name.split(':')[0]!r} besides"
+    return ""
+
+
+def _check_outputs(tensors: Sequence[tf.Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.dtype in (tf.variant, tf.resource):
+            raise TypeError(
+                "Expected a training function that returns tensors of numbers or strings, because "
+                "a worker that skips a round returns its previous outputs. "
+                f"Received: a tensor of dtype {tensor.dtype.name} ({tensor.name}). Do not return "
+                "TensorArrays, datasets or iterators from the function given to strategy.run."
+            )
+
+
+def _kept_outputs(site: Site, likes: Sequence[tf.Tensor]) -> list[np.ndarray]:
+    if site.outputs is not None:
+        return site.outputs
+    # Only a run that is skipped before any other has no outputs to return.
+    return [np.zeros([d or 0 for d in t.shape.as_list()], t.dtype.as_numpy_dtype) for t in likes]
