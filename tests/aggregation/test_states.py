@@ -119,7 +119,7 @@ def test_when_the_giver_is_lost_its_receivers_need_another() -> None:
     at = [9, 5, 0, 0]
     requests = [states.request(w, [0, 1], at.__getitem__)[0] for w in (2, 3)]
     other, _ = states.request(1, [0], at.__getitem__)
-    assert sorted(states.drop(0)) == [1, 2, 3]
+    assert sorted(r.receiver for r in states.drop(0)) == [1, 2, 3]
     assert [states.chunk(0, r, last=True) for r in (*requests, other)] == [None] * 3
     assert states.request(2, [1], at.__getitem__)[1] == 1
 

@@ -229,7 +229,7 @@ def test_waits_have_a_deadline(serve: Serve) -> None:
     for wait in (
         lambda: receive(session),
         lambda: session.wait_results(0),
-        lambda: session.exchange_epoch(0, 1, np.ones(1)),
+        lambda: session.gather(pb.METRICS, 0, 0, 1, np.ones(1)),
         lambda: session.agree(0, [("kernel", "float32", (2,))]),
         lambda: session.receive_state([]),
     ):

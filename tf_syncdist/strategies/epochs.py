@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_syncdist.propagation.slices import layout_of
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies import adapter, variables
 from tf_syncdist.transport.session import Session
 
@@ -94,7 +95,8 @@ class EpochExchange:
             ],
         )
         names = [(v.name, v.shape.as_list(), v.aggregation.name) for v in (*metrics, *statistics)]
-        total = self._session.exchange_epoch(self._done, layout_of(names), mine)
+        layout = layout_of(names)
+        total = self._session.gather(pb.METRICS, self._done, self._done, layout, mine).values
         (copies, weights), sums, means = _unpack(
             total, [(), ()], [h[0].shape for h in held], [s.shape for s in own]
         )
