@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tf_syncdist.aggregation.gathers import GatherClosed, GatherKey, Gathers, Part
+from tf_syncdist.aggregation.gathers import START, GatherClosed, GatherKey, Gathers, Part
 from tf_syncdist.aggregation.rounds import RoundError
 from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync
 
@@ -134,3 +134,69 @@ def test_an_open_exchange_is_not_forgotten() -> None:
     assert job.gathers.forget({0, 1, 2}) == []
     assert job.gathers.close(0.0) == [gathered(2, (0,))]
     assert job.gathers.forget({0, 1, 2}) == [key(2)]
+
+
+def take_part(job: Job, worker: int, kind: int, **said: object) -> list[GatherClosed]:
+    """Lets a worker take part in gather 7 of a kind after 5 runs."""
+    job.at[worker] = max(job.at[worker], 5)
+    job.gathers.contribute(worker, GatherKey(kind, 7), part(5)._replace(**said), 0.0)
+    return job.gathers.close(0.0)
+
+
+def test_a_start_waits_for_worker_0_and_a_stop_does_not() -> None:
+    job = Job(4, BackupWorkers(2))
+    assert take_part(job, 3, STOP) == [] and take_part(job, 1, STOP) != []
+    for worker in (3, 1, 2):
+        assert take_part(job, worker, START) == []
+    (closed,) = take_part(job, 0, START)
+    assert closed.contributors == (3, 1, 2, 0)
+
+
+def test_a_start_is_not_closed_by_worker_0_alone() -> None:
+    job = Job(3, BackupWorkers(1))
+    assert take_part(job, 0, START) == []
+    (closed,) = take_part(job, 2, START)
+    assert closed.contributors == (0, 2)
+
+
+def test_a_start_does_not_wait_for_worker_0_when_it_cannot_come() -> None:
+    for leaves in (True, False):
+        job = Job(3, BackupWorkers(1))
+        take_part(job, 1, START)
+        assert take_part(job, 2, START) == []
+        if leaves:
+            job.gathers.leave(0)
+        else:
+            job.at[0] = 6
+        (closed,) = job.gathers.close(0.0)
+        assert closed.contributors == (1, 2) and closed.reference == 1
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_the_hashes_are_those_of_the_lowest_worker(order: tuple[int, ...]) -> None:
+    job = Job(4, BackupWorkers(1))
+    for worker in order:
+        closed = take_part(job, worker + 1, STOP, hashes=(worker + 1, 9))
+    assert closed[0].reference == 1 and closed[0].hashes == (1, 9)
+
+
+@pytest.mark.parametrize("wishes", [(), (0,), (2,), (0, 1, 2)])
+def test_one_wish_is_enough_to_stop(wishes: tuple[int, ...]) -> None:
+    job = Job(3, FullSync())
+    for worker in range(3):
+        closed = take_part(job, worker, STOP, stop=worker in wishes)
+    assert closed[0].stop == bool(wishes)
+
+
+def test_kinds_and_serials_are_separate_and_nothing_stays() -> None:
+    job = Job(2, FullSync())
+    keys = [GatherKey(kind, serial) for kind in (METRICS, START, STOP) for serial in range(20)]
+    for worker in (0, 1):
+        for name in keys:
+            assert job.gathers.contribute(worker, name, part(3), 0.0)
+    assert [c.key for c in job.gathers.close(0.0)] == keys
+    job.at = [4, 3]
+    assert job.gathers.forget({0, 1}) == []
+    job.at = [4, 4]
+    assert job.gathers.forget({0, 1}) == keys
+    assert job.gathers.forget({0, 1}) == [] and not job.gathers.waiting

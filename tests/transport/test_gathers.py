@@ -1,6 +1,7 @@
 """Gathers of workers with a real service, over real sockets."""
 
 import functools
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -96,3 +97,79 @@ def test_metrics_that_differ_are_refused(serve: Serve) -> None:
     (error,) = (r for r in results if isinstance(r, str))
     assert "INVALID_ARGUMENT" in error and "2 value(s)" in error and "3 value(s)" in error
     assert [1.0, 1.0] in results or [1.0, 1.0, 1.0] in results
+
+
+@pytest.mark.parametrize("b", [0, 1])
+def test_a_start_waits_for_worker_0_and_tells_its_hashes(serve: Serve, b: int) -> None:
+    service = serve(3, b=b)
+    first, second, third = service.sessions()
+
+    def start(session: Session, wait: float = 0.0) -> object:
+        time.sleep(wait)
+        worker = session.config.worker
+        return session.gather(pb.START, 0, 0, hashes=[worker, 2**64 - 1], stop=worker == 2)
+
+    results = service.together(
+        functools.partial(start, first, 0.3),
+        functools.partial(start, second),
+        functools.partial(start, third),
+    )
+    for result in results:
+        assert sorted(result.contributors) == [0, 1, 2] and result.contributors[-1] == 0
+        assert result.reference == 0 and result.hashes == (0, 2**64 - 1)
+        assert result.values.size == 0 and result.stop
+
+
+def test_without_worker_0_the_lowest_worker_is_the_reference(serve: Serve) -> None:
+    service = serve(3)
+    first, second, third = service.sessions()
+    first.close()
+    results = service.together(
+        *(
+            functools.partial(s.gather, pb.START, 0, 0, hashes=[s.config.worker])
+            for s in (second, third)
+        )
+    )
+    for result in results:
+        assert (result.reference, result.hashes, result.stop) == (1, (1,), False)
+
+
+def test_who_joins_late_gets_what_was_gathered(serve: Serve) -> None:
+    service = serve(3, b=1)
+    first, second = service.session(0), service.session(1)
+    service.together(*(functools.partial(metrics, s, 0, np.ones(1)) for s in (first, second)))
+    assert metrics(service.session(2), 0, np.ones(1)).tolist() == [2]
+
+
+def test_kinds_do_not_mix_and_nothing_stays(serve: Serve) -> None:
+    service = serve(2)
+    sessions = service.sessions()
+
+    def work(session: Session) -> None:
+        for fit in range(20):
+            session.gather(pb.START, fit, fit, hashes=[fit])
+            do_run(session, fit)
+            assert metrics(session, fit + 1, np.full(1, fit)).tolist() == [2 * fit]
+            stop = session.gather(pb.STOP, fit, fit + 1, stop=fit == session.config.worker)
+            assert stop.stop == (fit < 2)
+        assert not session._gathered
+        do_run(session, 20)
+
+    service.together(*(functools.partial(work, s) for s in sessions))
+    job = service.servers[0].job
+    service.until(lambda: not job._gather_results and not job._gathers._gathers)
+    assert not job._gathered
+
+
+def test_what_others_gather_does_not_pile_up(serve: Serve) -> None:
+    """One worker alone reads its metrics, run after run."""
+    service = serve(2, b=1)
+    first, second = service.sessions()
+
+    def read(run: int) -> None:
+        metrics(first, run, np.ones(1))
+        do_run(first, run)
+
+    for run in range(10):
+        service.together(functools.partial(read, run), functools.partial(do_run, second, run))
+    assert len(second._gathered) <= 2

@@ -220,3 +220,34 @@ def test_others_go_on_when_the_only_possible_giver_is_lost(serve: Serve) -> None
     for run in range(4, 9):
         third.finish(run, 1, Fate.MISSED)
     assert do_run(third, 9)
+
+
+def test_a_worker_at_the_same_run_gives_its_state_if_it_is_named(serve: Serve) -> None:
+    """As often as it is needed, one request at a time."""
+    service = serve(3)
+    first, second, third = service.sessions()
+    values = state()
+    for giver in (first, third, first):
+        second.request_state(0, giver=giver.config.worker)
+        (request,) = service.until(giver.take_state_requests)
+        giver.give_state(request, 0, values)
+        received = second.receive_state(specs_of(values))
+        assert received.run == 0 and same(received.values, values)
+
+
+def test_another_worker_gives_its_state_if_the_named_one_is_gone(serve: Serve) -> None:
+    service = serve(3)
+    first, second, third = service.sessions()
+    first.close()
+    service.until(lambda: any("worker 0 is gone" in n for n in service.notices[1]))
+    second.request_state(0, giver=0)
+    assert service.until(third.take_state_requests)
+
+
+def test_another_worker_gives_its_state_if_the_named_one_is_lost_meanwhile(serve: Serve) -> None:
+    service = serve(3)
+    first, second, third = service.sessions()
+    second.request_state(0, giver=0)
+    service.until(first.take_state_requests)
+    first.close()
+    assert service.until(third.take_state_requests)
