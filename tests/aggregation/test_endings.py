@@ -115,8 +115,19 @@ def test_the_next_pass_begins_anew_and_the_old_one_is_forgotten() -> None:
     job = Job(2, needed=2)
     job.vote(0, 5)
     assert job.vote(1, 5) == [Ended(0, 5)]
-    assert job.vote(0, 5, input_pass=1) == [Asked(1, 5, (1,))]
+    assert not job.endings.vote(0, 1, 5), "nobody is in it"
+    assert job.endings.enter(1) == {0: Ended(0, 5), 1: Ended(0, 5)}
+    assert job.endings.enter(1) is None and job.endings.enter(0) is None
     assert job.endings.end is None
+    assert job.vote(0, 5, input_pass=1) == [Asked(1, 5, (1,))]
     assert not job.endings.vote(1, 0, 5)
     assert job.decide() == []
     assert job.vote(1, 5, input_pass=1) == [Ended(1, 5)]
+
+
+def test_who_waits_in_a_pass_that_others_have_left_is_released_at_its_first_vote() -> None:
+    job = Job(4, needed=2)
+    job.vote(0, 5)
+    job.vote(1, 7)
+    job.vote(0, 7)
+    assert job.endings.enter(3) == {0: Ended(0, 5), 1: Ended(0, 7)}

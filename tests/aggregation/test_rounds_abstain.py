@@ -81,3 +81,12 @@ def test_who_waits_for_a_state_still_does() -> None:
     rounds.abstain(2, 5, 0.0)
     assert not send(rounds, 0).closed
     assert send(rounds, 1).closed
+
+
+def test_in_the_next_pass_everybody_is_waited_for() -> None:
+    rounds = Rounds(2, FullSync())
+    for worker in (0, 1):
+        rounds.abstain(worker, 0, 0.0)
+    rounds.forget_abstentions()
+    assert not send(rounds, 0).closed
+    assert send(rounds, 1).closed

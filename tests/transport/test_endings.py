@@ -148,17 +148,21 @@ def test_a_run_that_was_begun_takes_place(serve: Serve) -> None:
     assert first.session.end_of(0) == second.session.end_of(0) == 4
 
 
-def test_a_promise_is_kept(serve: Serve) -> None:
-    """Worker 1 has input, and is asked before it begins run 3."""
-    service = serve(2)
-    first, second = programs(service, [3], [9])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_promise_is_kept_until_the_pass_ends(serve: Serve, shards: int) -> None:
+    """Worker 1 has input, and is asked before it begins run 3. The next pass begins with that."""
+    service = serve(2, shards=shards)
+    first, second = programs(service, [3, 2], [9, 2])
 
     def before(run: int) -> None:
         if run == 3:
             service.until(lambda: second.session.end_of(0) is not None)
 
     second.before = before
-    assert train(service, [first, second]) == [3]
+    assert train(service, [first, second]) == [3, 5]
+    for server in service.servers:
+        report = service.until(lambda job=server.job: job.report().rounds == 5 and job.report())
+        assert [w.contributed for w in report.workers] == [5, 5]
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -295,7 +299,7 @@ def test_a_job_that_is_over_does_not_wait_for_votes(serve: Serve) -> None:
     second.goodbye(pb.FINISHED, 1)
     waits.join(10)
     assert answers == [True]
-    assert all(s.enter_run(0, 7) for s in sessions)
+    assert all(s.enter_run(1, 7) for s in sessions), "runs do nothing from here on"
 
 
 @pytest.mark.parametrize("wait", ["vote", "enter"])
@@ -329,3 +333,19 @@ def test_a_worker_that_runs_out_gives_its_state_meanwhile(serve: Serve) -> None:
     first.leave_pass(0)
     waits.join(10)
     assert not waits.is_alive() and not third.has_failed
+
+
+def test_a_worker_that_leaves_a_pass_early_releases_those_that_wait_in_it(serve: Serve) -> None:
+    """It had taken input for a run that it does not do."""
+    service = serve(2)
+    first, second = programs(service, [0, 1], [])
+    assert second.session.enter_run(0, 0)
+
+    def leave() -> None:
+        service.until(lambda: service.servers[0].job._endings.asked(1))
+        assert second.session.enter_run(1, 0)
+        second.do_run()
+        assert second.session.vote_end(1, 1)
+
+    service.together(first.train, leave)
+    assert first.ends == [0, 1] and first.results == second.results

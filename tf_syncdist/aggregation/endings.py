@@ -50,6 +50,26 @@ class Endings:
         """Where the newest pass ends, if that is decided."""
         return None if self._end is None else Ended(self._pass, self._end)
 
+    def enter(self, input_pass: int) -> dict[int, Ended] | None:
+        """Takes note that a worker takes no more input in earlier passes.
+
+        So everything before the end of those is over, and what was voted in them has served.
+
+        Returns:
+            If the pass is new, where the last one ends for the workers that have voted in it and
+            may wait for a decision; else `None`.
+        """
+        if input_pass <= self._pass:
+            return None
+        ended = {
+            worker: Ended(self._pass, run)
+            for run in sorted(self._votes, reverse=True)
+            for worker in self._votes[run]
+        }
+        self._pass, self._end = input_pass, None
+        self._votes, self._asked = {}, {}
+        return ended
+
     def vote(self, worker: int, input_pass: int, run: int) -> bool:
         """Takes note that a worker will not begin a run.
 
@@ -61,11 +81,8 @@ class Endings:
         Returns:
             Whether the vote counts; it does not if it is for an older pass, or the worker has left.
         """
-        if worker not in self._present or input_pass < self._pass:
+        if worker not in self._present or input_pass != self._pass:
             return False
-        if input_pass > self._pass:
-            self._pass, self._end = input_pass, None
-            self._votes, self._asked = {}, {}
         self._votes.setdefault(run, set()).add(worker)
         return True
 
@@ -74,6 +91,12 @@ class Endings:
         self._present.discard(worker)
         for workers in self._votes.values():
             workers.discard(worker)
+
+    def forget(self, over: int) -> None:
+        """Forgets votes for the runs before `over`, which are over: their voters replay them."""
+        for run in [r for r in self._votes if r < over]:
+            del self._votes[run]
+            self._asked.pop(run, None)
 
     def voters(self, run: int) -> set[int]:
         """Returns the workers that have voted for a run."""
@@ -91,15 +114,13 @@ class Endings:
         """Decides what can be decided; ask after a vote, a contribution and a worker's leave.
 
         Args:
-            over: How many runs are over. Votes for these do not matter, their voters replay them.
+            over: How many runs are over. Votes for these are forgotten.
             published: Tells whether workers have been sent any result of a run.
 
         Returns:
             What to tell the workers, before any result that is published later.
         """
-        for run in [r for r in self._votes if r < over]:
-            del self._votes[run]
-            self._asked.pop(run, None)
+        self.forget(over)
         decisions = [self._decide(run, published) for run in sorted(self._votes)]
         return [d for d in decisions if d is not None]
 

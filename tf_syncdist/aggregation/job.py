@@ -230,6 +230,7 @@ class Job:
         self._delivery.progress(worker, progress)
         for voter in self._endings.voters(message.run):
             self._tell_unsaid(voter, message.run)
+        self._endings.forget(self._rounds.runs_over)
         self._decide_end()
         for key in self._gathers.forget(self._present):
             self._gather_results.pop(key, None)
@@ -253,13 +254,18 @@ class Job:
         if message.fit in self._stops or worker not in self._present or self._hello.shard:
             return
         self._stops[message.fit] = (self._rounds.end(message.run), worker)
-        self._on_event(f"worker {worker} stops training {message.fit} after {message.run} run(s)")
+        stop, _ = self._stops[message.fit]
+        self._on_event(f"worker {worker} stops training {message.fit} after {stop} run(s)")
         # Nothing is closed yet in the last run before the stop, and what is closed later stands
         # behind this in every outbox. So nobody can finish that run without knowing of the stop.
         self._streams.tell_all(self._stop_at(message.fit))
 
     def _on_end_vote(self, worker: int, message: pb.EndVote, *_: object) -> None:
+        self._enter_pass(message.input_pass)
         if not self._endings.vote(worker, message.input_pass, message.run):
+            # Whoever is in a newer pass has not been in this run, unless it is over.
+            if message.run >= self._rounds.runs_over:
+                self._streams.tell(worker, _end_of_data(Ended(message.input_pass, message.run)))
             return
         closed = self._rounds.abstain(worker, message.run, self._clock())
         self._tell_unsaid(worker, message.run)
@@ -268,6 +274,9 @@ class Job:
             self._streams.tell(worker, _end_of_data(end))
         self._decide_end()
         self._delivery.send_closed(closed)
+
+    def _on_enter_pass(self, worker: int, message: pb.EnterPass, *_: object) -> None:
+        self._enter_pass(message.input_pass)
 
     def _on_manifest(self, worker: int, message: pb.Manifest, *_: object) -> None:
         variables = [Variable(v.name, v.dtype, tuple(v.shape)) for v in message.variables]
@@ -341,6 +350,14 @@ class Job:
                 continue
             for worker in decision.workers:
                 self._streams.tell(worker, _end_proposal(decision.input_pass, decision.run))
+
+    def _enter_pass(self, input_pass: int) -> None:
+        ended = self._endings.enter(input_pass)
+        if ended is None:
+            return
+        self._rounds.forget_abstentions()
+        for worker, end in ended.items():
+            self._streams.tell(worker, _end_of_data(end))
 
     def _tell_unsaid(self, worker: int, run: int) -> None:
         """Tells a worker that a run is over of which others are not told yet.

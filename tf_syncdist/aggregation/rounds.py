@@ -339,6 +339,13 @@ class Rounds:
         self._abstained.setdefault(run, set()).add(worker)
         return self.tick(now)
 
+    def forget_abstentions(self) -> None:
+        """Waits again for everybody that can come: the input pass is over in which they abstained.
+
+        A round that did not take place in a pass is the first one of the next.
+        """
+        self._abstained.clear()
+
     def contributed(self, worker: int, run: int) -> tuple[int, int]:
         """Returns how many slices of a kept run have a worker's values, and how many there are."""
         slices = [s for e in self._runs[run].exchanges.values() for s in e.values()]

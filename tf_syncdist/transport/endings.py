@@ -131,6 +131,7 @@ class Ending(Exchanging):
     def _enter(self, input_pass: int) -> None:
         if input_pass > self._pass:
             self._pass = input_pass
+            self._send_all(pb.ToAggregator(enter_pass=pb.EnterPass(input_pass=input_pass)))
             self._promised = {k for k in self._promised if k[0] >= input_pass}
             # The last end may still be asked for while the next pass is being prefetched.
             self._ends = {p: e for p, e in self._ends.items() if p >= input_pass - 1}
@@ -160,7 +161,8 @@ class Ending(Exchanging):
 
     def _on_end_proposal(self, shard: int, message: pb.EndProposal, *_: object) -> None:
         # Who has begun the run is going to contribute to it, which answers the proposal too.
-        if message.input_pass >= self._pass and message.run >= self._begun:
+        begun = max(self._begun, self._finished)
+        if message.input_pass >= self._pass and message.run >= begun:
             self._promise(message.input_pass, message.run)
 
     def _on_end_of_data(self, shard: int, message: pb.EndOfData, *_: object) -> None:
