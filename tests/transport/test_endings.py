@@ -349,3 +349,19 @@ def test_a_worker_that_leaves_a_pass_early_releases_those_that_wait_in_it(serve:
 
     service.together(first.train, leave)
     assert first.ends == [0, 1] and first.results == second.results
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_worker_that_is_taken_past_a_run_need_not_wait_for_it(serve: Serve, shards: int) -> None:
+    service = serve(2, b=1, shards=shards)
+    first, second = programs(service, [], [])
+    with second.session._changed:
+        second.session._promise(0, 5)
+    for _ in range(9):
+        first.do_run()
+    service.until(lambda: second.session.exchanges_of(8) is not None)
+    for run in range(9):
+        second.session.finish(run, second.session.exchanges_of_missed(run), Fate.MISSED)
+    assert second.session.enter_run(0, 5)
+    assert not second.session.vote_end(0, 5)
+    assert second.session.end_of(0) is None
