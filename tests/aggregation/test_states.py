@@ -119,7 +119,7 @@ def test_when_the_giver_is_lost_its_receivers_need_another() -> None:
     at = [9, 5, 0, 0]
     requests = [states.request(w, [0, 1], at.__getitem__)[0] for w in (2, 3)]
     other, _ = states.request(1, [0], at.__getitem__)
-    assert sorted(states.drop(0)) == [1, 2, 3]
+    assert sorted(r.receiver for r in states.drop(0)) == [1, 2, 3]
     assert [states.chunk(0, r, last=True) for r in (*requests, other)] == [None] * 3
     assert states.request(2, [1], at.__getitem__)[1] == 1
 
@@ -129,3 +129,27 @@ def test_when_the_receiver_is_lost_its_state_goes_nowhere() -> None:
     request, _ = states.request(2, [0], [5, 0, 0].__getitem__)
     assert states.drop(2) == []
     assert states.chunk(0, request, last=True) is None
+
+
+def test_a_wanted_giver_is_asked_unless_it_is_behind_or_gone() -> None:
+    states = States(4)
+    at = [3, 9, 5, 3]
+    workers = [0, 1, 2, 3]
+
+    def giver(receiver: int, wanted: int, connected: list[int] = workers) -> int | None:
+        found = states.request(receiver, connected, at.__getitem__, wanted, level_will_do=True)
+        return found and found[1]
+
+    assert giver(3, 2) == 2 and giver(3, 0) == 0, "as far will do"
+    assert giver(2, 0) == 1, "behind"
+    assert giver(3, 0, [1, 2, 3]) == 1, "gone"
+    assert giver(3, 1, [0, 3]) == 0, "the next best is as far"
+    assert giver(3, 3) == 1, "itself"
+    assert giver(1, 0) is None
+
+
+def test_the_next_giver_may_be_level_if_the_first_could_be() -> None:
+    states = States(3)
+    states.request(2, [0, 1], [0, 0, 0].__getitem__, 0, level_will_do=True)
+    (request,) = states.drop(0)
+    assert request == (2, 0, True)

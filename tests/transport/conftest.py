@@ -25,6 +25,7 @@ class Site:
     def __init__(self, names: tuple[str, ...], replayable: bool) -> None:
         self.names = names
         self.replayable = replayable
+        self.unlike_replay = "" if replayable else "of the test"
         self.synchronised = False
         self.outputs: list[np.ndarray] | None = None
 

@@ -20,7 +20,7 @@ WAY = plan([TensorSpec("float32", (4,))], 100, 1)
 FOUR = np.ones(4, "<f4").tobytes()
 GOOD = {"num_slices": 1, "dtype": pb.FLOAT32, "elements": 4, "layout": WAY.layout}
 JOB = {
-    "protocol": 1,
+    "protocol": 2,
     "num_workers": 2,
     "num_shards": 1,
     "cutoff": '{"class_name": "FullSync", "config": {}}',
@@ -116,7 +116,8 @@ def test_another_shape_or_dtype_is_refused_and_both_are_named(
         (said(run_finished=pb.RunFinished(fate=Fate.CONTRIBUTED, exchanges=1)), "closed"),
         (said(run_finished=pb.RunFinished()), "fate=0"),
         (said(run_finished=pb.RunFinished(fate=77)), "fate=77"),
-        (said(b"1234567", epoch=pb.EpochContribution()), "7 bytes"),
+        (said(b"1234567", gather=pb.Gather(kind=pb.METRICS)), "7 bytes"),
+        (said(gather=pb.Gather()), "kind=0"),
         (said(state_chunk=pb.StateChunk()), "worker=1"),
         (said(state_request=pb.StateRequest()), "further than worker 1"),
         (hello(), "Hello once"),
@@ -125,7 +126,7 @@ def test_another_shape_or_dtype_is_refused_and_both_are_named(
         (b"\x92\x01\x00", "body"),
         (said(b"abc", goodbye=pb.Goodbye()) + said(goodbye=pb.Goodbye()), "last field"),
     ],
-    ids=range(21),
+    ids=range(22),
 )
 def test_other_nonsense_is_refused_with_a_reason(started: tuple, message: bytes, why: str) -> None:
     address, session, _ = started
@@ -142,7 +143,7 @@ def test_other_nonsense_is_refused_with_a_reason(started: tuple, message: bytes,
         ([b""], "body"),
         ([contribution()], "Hello as the first message"),
         ([b"\xff"], "part"),
-        ([hello(protocol=2)], "protocol=2"),
+        ([hello(protocol=1)], "protocol=1"),
         ([hello(num_workers=0)], "num_workers=0"),
         ([hello(worker=2)], "worker=2"),
         ([hello(num_workers=3)], "`num_workers`"),

@@ -229,7 +229,7 @@ def test_waits_have_a_deadline(serve: Serve) -> None:
     for wait in (
         lambda: receive(session),
         lambda: session.wait_results(0),
-        lambda: session.exchange_epoch(0, 1, np.ones(1)),
+        lambda: session.gather(pb.METRICS, 0, 0, 1, np.ones(1)),
         lambda: session.agree(0, [("kernel", "float32", (2,))]),
         lambda: session.receive_state([]),
     ):
@@ -297,3 +297,18 @@ def test_a_worker_that_leaves_early_does_not_end_the_job(serve: Serve, reason: i
     assert receive(session)[1] == (4, 4)
     assert session.job_over_at() is None
     assert not session.wait_all_gone(0.1, lambda: None)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_an_exchange_that_a_run_did_not_have_is_an_error_at_once(serve: Serve, shards: int) -> None:
+    service = serve(2, b=1, shards=shards)
+    first, second = service.sessions()
+    do_run(first, 0)
+    service.until(lambda: second.exchanges_of(0) is not None)
+    assert receive(second)[1] == (0, 4)
+    started = time.monotonic()
+    with pytest.raises(
+        ServiceError, match="same exchanges in a run.* 1 of them in run 0.*worker 1"
+    ):
+        receive(second, exchange=1)
+    assert time.monotonic() - started < 5

@@ -222,73 +222,32 @@ def test_others_go_on_when_the_only_possible_giver_is_lost(serve: Serve) -> None
     assert do_run(third, 9)
 
 
-@pytest.mark.parametrize("size", [0, 1, 1000])
-def test_metrics_are_summed_to_the_same_bytes(serve: Serve, size: int) -> None:
-    service = serve(3, shards=2)
-    sessions = service.sessions()
-    values = np.random.default_rng(0).normal(size=(2, 3, size))
-    for run in range(2):
-        results = service.together(
-            *(
-                functools.partial(s.exchange_epoch, run, 5, v)
-                for s, v in zip(sessions, values[run], strict=True)
-            )
-        )
-        assert len({r.tobytes() for r in results}) == 1
-        np.testing.assert_allclose(results[0], values[run].sum(0), atol=1e-12)
-
-
-def test_who_is_late_gets_the_metrics_of_the_others(serve: Serve) -> None:
-    service = serve(3, b=1)
-    first, second, slow = service.sessions()
-    one = np.ones(2)
-    on_time = service.together(
-        *(functools.partial(s.exchange_epoch, 0, 5, one) for s in (first, second))
-    )
-    assert [r.tolist() for r in on_time] == [[2, 2]] * 2
-    assert slow.exchange_epoch(0, 5, one * 100).tolist() == [2, 2]
-
-
-def test_nobody_waits_for_the_metrics_of_a_worker_that_goes_on_or_leaves(serve: Serve) -> None:
+def test_a_worker_at_the_same_run_gives_its_state_if_it_is_named(serve: Serve) -> None:
+    """As often as it is needed, one request at a time."""
     service = serve(3)
-    first, second, leaver = service.sessions()
-
-    def go_on() -> None:
-        second.finish(0, 0, Fate.CONTRIBUTED)
-        leaver.close()
-
-    result, _ = service.together(lambda: first.exchange_epoch(0, 5, np.ones(2)), go_on)
-    assert result.tolist() == [1, 1]
-
-
-def test_nobody_waits_for_the_metrics_of_a_worker_that_has_begun_the_next_run(serve: Serve) -> None:
-    """One worker alone reads a metric after run 0, and the other waits for it in run 1."""
-    service = serve(2)
-    first, second = service.sessions()
-    service.together(lambda: do_run(first, 0), lambda: do_run(second, 0))
-    result, _ = service.together(
-        lambda: (first.exchange_epoch(1, 5, np.ones(2)).tolist(), do_run(first, 1))[0],
-        lambda: do_run(second, 1),
-    )
-    assert result == [1, 1]
+    first, second, third = service.sessions()
+    values = state()
+    for giver in (first, third, first):
+        second.request_state(0, giver=giver.config.worker)
+        (request,) = service.until(giver.take_state_requests)
+        giver.give_state(request, 0, values)
+        received = second.receive_state(specs_of(values))
+        assert received.run == 0 and same(received.values, values)
 
 
-def test_metrics_that_differ_are_refused(serve: Serve) -> None:
-    """Whoever comes second is refused, and the first goes on alone."""
-    service = serve(2)
+def test_another_worker_gives_its_state_if_the_named_one_is_gone(serve: Serve) -> None:
+    service = serve(3)
+    first, second, third = service.sessions()
+    first.close()
+    service.until(lambda: any("worker 0 is gone" in n for n in service.notices[1]))
+    second.request_state(0, giver=0)
+    assert service.until(third.take_state_requests)
 
-    def exchange(session: Session, size: int) -> str | list[float]:
-        try:
-            return session.exchange_epoch(0, 5, np.ones(size)).tolist()
-        except ServiceError as e:
-            return str(e)
 
-    results = service.together(
-        *(
-            functools.partial(exchange, s, n)
-            for s, n in zip(service.sessions(), (2, 3), strict=True)
-        )
-    )
-    (error,) = (r for r in results if isinstance(r, str))
-    assert "INVALID_ARGUMENT" in error and "2 value(s)" in error and "3 value(s)" in error
-    assert [1.0, 1.0] in results or [1.0, 1.0, 1.0] in results
+def test_another_worker_gives_its_state_if_the_named_one_is_lost_meanwhile(serve: Serve) -> None:
+    service = serve(3)
+    first, second, third = service.sessions()
+    second.request_state(0, giver=0)
+    service.until(first.take_state_requests)
+    first.close()
+    assert service.until(third.take_state_requests)

@@ -22,7 +22,7 @@ HEADERS = [
             layout=2**64 - 1,
         )
     ),
-    pb.ToAggregator(epoch=pb.EpochContribution(run=1, layout=7)),
+    pb.ToAggregator(gather=pb.Gather(run=1, layout=7, hashes=[0, 2**64 - 1])),
     pb.ToAggregator(
         manifest=pb.Manifest(variables=[pb.VariableSpec(name="kernel/ä", shape=[-1, 2**40])])
     ),

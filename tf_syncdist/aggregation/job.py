@@ -1,4 +1,4 @@
-"""One job on one shard: the pure machines, the sums, and the workers' outboxes behind one lock."""
+"""One job on one shard: the pure machines and the workers' outboxes behind one lock."""
 
 import random
 import threading
@@ -9,40 +9,22 @@ import grpc
 import numpy as np
 
 from tf_syncdist import cutoff
-from tf_syncdist.aggregation import sums
-from tf_syncdist.aggregation.epochs import Epochs
+from tf_syncdist.aggregation import admission, sums
+from tf_syncdist.aggregation.admission import invalid
+from tf_syncdist.aggregation.delivery import WINDOW_RUNS, Delivery
+from tf_syncdist.aggregation.endings import Ended, Endings
+from tf_syncdist.aggregation.gathers import GatherKey, Gathers, Part
 from tf_syncdist.aggregation.manifests import Variable
-from tf_syncdist.aggregation.outbox import Outbox, Refused
-from tf_syncdist.aggregation.rounds import (
-    Closed,
-    Fate,
-    RoundError,
-    Rounds,
-    RunOver,
-    SliceKey,
-    SliceSpec,
-    Verdict,
-)
+from tf_syncdist.aggregation.outbox import Outbox, Refused, Streams
+from tf_syncdist.aggregation.rounds import Fate, RoundError, Rounds, SliceKey, SliceSpec, Verdict
 from tf_syncdist.aggregation.states import States
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
-
-# Results travel to a worker up to this many runs ahead of it, so that a replay finds the next
-# result there already, while a worker that is stuck does not pile up the job's history.
-WINDOW_RUNS = 4
-
-# Every worker's stream holds a thread of the server.
-MAX_WORKERS = 1000
 
 _NOTICE_SECONDS = 10.0
 
 # A job that has begun is over when no worker has been connected for this long.
 _ALONE_SECONDS = 60.0
-_SAME_FOR_ALL = ("num_workers", "cutoff", "num_shards", "shard", "history_rounds", "history_bytes")
-
-
-def _invalid(details: str) -> Refused:
-    return Refused(grpc.StatusCode.INVALID_ARGUMENT, details)
 
 
 class Job:
@@ -64,10 +46,12 @@ class Job:
         self._lock = threading.Lock()
         self._hello: pb.Hello | None = None
         self._seed = random.SystemRandom().getrandbits(63)
-        self._streams: dict[int, Outbox] = {}
+        self._streams = Streams()
         self._present: set[int] = set()
         self._alone_since: float | None = None
         self._over_at: tuple[int, int] | None = None
+        # For every training that is stopped, the number of runs and who wished it.
+        self._stops: dict[int, tuple[int, int]] = {}
 
     @property
     def in_progress(self) -> bool:
@@ -83,7 +67,7 @@ class Job:
             Refused: If the worker believes to be in another job, or is already there.
         """
         with self._lock:
-            self._check_hello(hello)
+            admission.check(hello, self._hello)
             if self._hello is None:
                 self._start(hello)
             worker = hello.worker
@@ -97,6 +81,7 @@ class Job:
             outbox = self._streams[worker] = Outbox()
             welcome = pb.Welcome(job_seed=self._seed, window_runs=WINDOW_RUNS)
             outbox.put(wire.encode(pb.ToWorker(welcome=welcome)))
+            self._catch_up(worker)
             self._on_event(f"worker {worker} joined ({len(self._streams)} of {hello.num_workers})")
             return outbox
 
@@ -112,10 +97,10 @@ class Job:
             with self._lock:
                 handler = getattr(self, f"_on_{body}", None)
                 if handler is None:
-                    raise _invalid(f"Expected Hello once. Received: {body} from worker {worker}.")
+                    raise invalid(f"Expected Hello once. Received: {body} from worker {worker}.")
                 handler(worker, getattr(header, body), payload, data)
         except (wire.WireError, RoundError) as e:
-            raise _invalid(str(e)) from e
+            raise invalid(str(e)) from e
 
     def lost(self, worker: int, why: str) -> None:
         """Takes note that a worker's stream is gone, orderly or not."""
@@ -124,16 +109,16 @@ class Job:
             if outbox is None:
                 return
             outbox.close()
-            for receiver in self._states.drop(worker):
+            for request in self._states.drop(worker):
                 try:
-                    self._ask_for_state(receiver)
+                    self._ask_for_state(request.receiver, None, request.level_will_do)
                 except Refused as e:
-                    self._streams[receiver].close(e)
+                    self._streams[request.receiver].close(e)
             if worker in self._present:
                 text = f"worker {worker} is gone ({why}); going on without it"
                 self._on_event(text)
                 self._leave(worker)
-                self._tell_all(pb.ToWorker(notice=pb.Notice(text=text)))
+                self._streams.tell_all(pb.ToWorker(notice=pb.Notice(text=text)))
             if not self._present and not self._streams:
                 self.done.set()
 
@@ -143,8 +128,8 @@ class Job:
             if self._hello is None:
                 return
             now = self._clock()
-            self._close(self._rounds.tick(now))
-            self._close_epochs(now)
+            self._delivery.send_closed(self._rounds.tick(now))
+            self._close_gathers(now)
             self._say_who_is_missing(now)
             # Workers that never came, or died before they could, must not keep the service.
             self._alone_since = None if self._streams else self._alone_since or now
@@ -175,27 +160,6 @@ class Job:
 
     # Starting.
 
-    def _check_hello(self, hello: pb.Hello) -> None:
-        if hello.protocol != wire.PROTOCOL:
-            raise _invalid(
-                f"Expected version {wire.PROTOCOL} of the contract. Received: protocol="
-                f"{hello.protocol} from worker {hello.worker}. Install the same tf_syncdist "
-                "everywhere."
-            )
-        if not hello.worker < hello.num_workers <= MAX_WORKERS:
-            raise _invalid(
-                "Expected a worker index below the number of workers, and that to be at most "
-                f"{MAX_WORKERS}. Received: worker={hello.worker}, num_workers={hello.num_workers}."
-            )
-        for name in _SAME_FOR_ALL if self._hello is not None else ():
-            expected, received = getattr(self._hello, name), getattr(hello, name)
-            if expected != received:
-                raise _invalid(
-                    f"Expected every worker to be given the same `{name}`: {expected!r}, as worker "
-                    f"{self._hello.worker} said. Received: {name}={received!r} from worker "
-                    f"{hello.worker}. Start every task with the same arguments and cluster."
-                )
-
     def _start(self, hello: pb.Hello) -> None:
         try:
             policy = cutoff.deserialize(hello.cutoff)
@@ -203,16 +167,32 @@ class Job:
                 hello.num_workers, policy, hello.history_rounds, hello.history_bytes
             )
         except ValueError as e:
-            raise _invalid(str(e)) from e
-        self._epochs = Epochs(hello.num_workers, policy, self._rounds.begun)
+            raise invalid(str(e)) from e
+        self._delivery = Delivery(self._streams, self._rounds)
+        self._gathers = Gathers(hello.num_workers, policy, self._rounds.begun)
+        self._endings = Endings(
+            hello.num_workers, self._rounds.replicas_to_aggregate, self._rounds.begun
+        )
         self._states = States(hello.num_workers)
         self._present = set(range(hello.num_workers))
-        self._totals: dict[SliceKey, np.ndarray] = {}
-        self._specs: dict[SliceKey, pb.Contribution] = {}
-        self._results: dict[int, list[bytes]] = {}
-        self._epoch_totals: dict[int, np.ndarray] = {}
+        self._gathered: dict[GatherKey, np.ndarray] = {}
+        self._gather_results: dict[GatherKey, bytes] = {}
         self._waiting_since: dict[str, float] = {}
         self._hello = hello
+
+    def _catch_up(self, worker: int) -> None:
+        """Tells a worker that comes late what the others have been told and it may wait for."""
+        tell = self._streams.tell
+        if self._over_at is not None:
+            tell(worker, self._job_over())
+        for fit in self._stops:
+            tell(worker, self._stop_at(fit))
+        if self._endings.end is not None:
+            tell(worker, _end_of_data(self._endings.end))
+        for asked in self._endings.asked(worker):
+            tell(worker, _end_proposal(asked.input_pass, asked.run))
+        for message in self._gather_results.values():
+            self._streams[worker].put(message)
 
     # Messages.
 
@@ -221,7 +201,7 @@ class Job:
     ) -> None:
         dtype = sums.DTYPES.get(message.dtype)
         if dtype is None or message.elements * dtype.itemsize != payload.nbytes:
-            raise _invalid(
+            raise invalid(
                 f"Expected {message.elements} value(s) of a known dtype. Received: "
                 f"dtype={message.dtype}, {payload.nbytes} bytes for slice {message.slice} of run "
                 f"{message.run} from worker {worker}."
@@ -231,43 +211,72 @@ class Job:
         spec = SliceSpec(message.num_slices, name, message.elements, message.layout)
         receipt = self._rounds.contribute(worker, key, spec, self._clock())
         if receipt.verdict is Verdict.ADD:
-            values = np.frombuffer(payload, dtype)
-            self._totals[key] = sums.add(self._totals.get(key), values)
-            self._specs[key] = message
-        self._close(receipt.closed)
-        if self._epochs.waiting:
-            self._close_epochs(self._clock())
+            self._delivery.add(key, message, np.frombuffer(payload, dtype))
+        self._decide_end()
+        self._delivery.send_closed(receipt.closed)
+        if self._gathers.waiting:
+            self._close_gathers(self._clock())
 
     def _on_late(self, worker: int, message: pb.LateContribution, *_: object) -> None:
         self._rounds.late(worker, message.run, self._clock())
-        self._close_epochs(self._clock())
+        self._close_gathers(self._clock())
 
     def _on_run_finished(self, worker: int, message: pb.RunFinished, *_: object) -> None:
         try:
             fate = Fate(message.fate)
         except ValueError as e:
-            raise _invalid(f"Expected a fate. Received: fate={message.fate}.") from e
+            raise invalid(f"Expected a fate. Received: fate={message.fate}.") from e
         progress = self._rounds.finish(worker, message.run, message.exchanges, fate)
-        for over in progress.over:
-            self._announce(over)
-        for run in progress.evicted:
-            self._results.pop(run, None)
-        self._send_results(worker, self._rounds.position(worker) + WINDOW_RUNS - 1)
-        for run in self._epochs.forget(self._present):
-            self._epoch_totals.pop(run, None)
-        self._close_epochs(self._clock())
+        self._delivery.progress(worker, progress)
+        for voter in self._endings.voters(message.run):
+            self._tell_unsaid(voter, message.run)
+        self._endings.forget(self._rounds.runs_over)
+        self._decide_end()
+        for key in self._gathers.forget(self._present):
+            self._gather_results.pop(key, None)
+        self._close_gathers(self._clock())
 
-    def _on_epoch(
-        self, worker: int, message: pb.EpochContribution, payload: memoryview, data: bytes
-    ) -> None:
-        if payload.nbytes % 8:
-            raise _invalid(f"Expected float64 values. Received: {payload.nbytes} bytes.")
+    def _on_gather(self, worker: int, message: pb.Gather, payload: memoryview, data: bytes) -> None:
+        if payload.nbytes % 8 or not message.kind:
+            raise invalid(
+                "Expected float64 values and what they are gathered for. Received: "
+                f"{payload.nbytes} bytes, kind={message.kind}, from worker {worker}."
+            )
         values = np.frombuffer(payload, "<f8")
+        key = GatherKey(message.kind, message.serial)
+        part = Part(message.run, message.layout, values.size, tuple(message.hashes), message.stop)
         now = self._clock()
-        if self._epochs.contribute(worker, message.run, message.layout, values.size, now):
-            total = self._epoch_totals.get(message.run)
-            self._epoch_totals[message.run] = sums.add(total, values)
-        self._close_epochs(now)
+        if self._gathers.contribute(worker, key, part, now):
+            self._gathered[key] = sums.add(self._gathered.get(key), values)
+        self._close_gathers(now)
+
+    def _on_stop_wish(self, worker: int, message: pb.StopWish, *_: object) -> None:
+        if message.fit in self._stops or worker not in self._present or self._hello.shard:
+            return
+        self._stops[message.fit] = (self._rounds.end(message.run), worker)
+        stop, _ = self._stops[message.fit]
+        self._on_event(f"worker {worker} stops training {message.fit} after {stop} run(s)")
+        # Nothing is closed yet in the last run before the stop, and what is closed later stands
+        # behind this in every outbox. So nobody can finish that run without knowing of the stop.
+        self._streams.tell_all(self._stop_at(message.fit))
+
+    def _on_end_vote(self, worker: int, message: pb.EndVote, *_: object) -> None:
+        self._enter_pass(message.input_pass)
+        if not self._endings.vote(worker, message.input_pass, message.run):
+            # Whoever is in a newer pass has not been in this run, unless it is over.
+            if message.run >= self._rounds.runs_over:
+                self._streams.tell(worker, _end_of_data(Ended(message.input_pass, message.run)))
+            return
+        closed = self._rounds.abstain(worker, message.run, self._clock())
+        self._tell_unsaid(worker, message.run)
+        end = self._endings.end
+        if end is not None:
+            self._streams.tell(worker, _end_of_data(end))
+        self._decide_end()
+        self._delivery.send_closed(closed)
+
+    def _on_enter_pass(self, worker: int, message: pb.EnterPass, *_: object) -> None:
+        self._enter_pass(message.input_pass)
 
     def _on_manifest(self, worker: int, message: pb.Manifest, *_: object) -> None:
         variables = [Variable(v.name, v.dtype, tuple(v.shape)) for v in message.variables]
@@ -293,9 +302,10 @@ class Job:
 
     def _on_state_request(self, worker: int, message: pb.StateRequest, *_: object) -> None:
         # A giver can answer between two runs only, so no round may wait for the receiver.
-        self._close(self._rounds.suspend(worker, self._clock()))
+        self._delivery.send_closed(self._rounds.suspend(worker, self._clock()))
         if not self._hello.shard:
-            self._ask_for_state(worker)
+            named = message.HasField("giver")
+            self._ask_for_state(worker, message.giver if named else None, level_will_do=named)
 
     def _on_goodbye(self, worker: int, message: pb.Goodbye, *_: object) -> None:
         reason = pb.Leave.Name(message.reason).lower()
@@ -305,80 +315,91 @@ class Job:
         if message.reason == pb.FINISHED and message.run and not self._hello.shard:
             end = (self._rounds.end(message.run), worker)
             self._over_at = min(end, self._over_at or end)
-            over = pb.JobOver(run=self._over_at[0], worker=self._over_at[1])
-            self._tell_all(pb.ToWorker(job_over=over))
+            self._streams.tell_all(self._job_over())
         self._leave(worker)
 
     # Consequences.
 
     def _leave(self, worker: int) -> None:
         self._present.discard(worker)
-        self._epochs.leave(worker)
-        self._close(self._rounds.leave(worker, self._clock()))
-        self._close_epochs(self._clock())
+        self._gathers.leave(worker)
+        self._endings.leave(worker)
+        closed = self._rounds.leave(worker, self._clock())
+        self._decide_end()
+        self._delivery.send_closed(closed)
+        self._close_gathers(self._clock())
         for run, verdict, chunks in self._states.leave(worker):
             self._tell_verdict(run, verdict, chunks)
         if not self._present:
-            self._tell_all(pb.ToWorker(all_gone=pb.AllGone()))
+            self._streams.tell_all(pb.ToWorker(all_gone=pb.AllGone()))
             if not self._streams:
                 self.done.set()
 
-    def _close(self, closed: tuple[Closed, ...]) -> None:
-        for key, contributors, _ in closed:
-            total = self._totals.pop(key)
-            spec = self._specs.pop(key)
-            total = sums.scale(total, len(contributors), self._rounds.replicas_to_aggregate)
-            result = pb.Result(
-                run=key.run,
-                exchange=key.exchange,
-                slice=key.slice,
-                num_slices=spec.num_slices,
-                contributors=contributors,
-            )
-            message = wire.encode(pb.ToWorker(result=result), memoryview(total).cast("B"))
-            self._results.setdefault(key.run, []).append(message)
-            for worker, outbox in self._streams.items():
-                if key.run < self._rounds.position(worker) + WINDOW_RUNS:
-                    outbox.put(message)
+    def _decide_end(self) -> None:
+        """Decides where an input pass ends; to be called before results are sent.
 
-    def _close_epochs(self, now: float) -> None:
-        for run, contributors in self._epochs.close(now):
-            result = pb.EpochResult(run=run, contributors=contributors)
-            total = memoryview(self._epoch_totals[run]).cast("B")
-            message = wire.encode(pb.ToWorker(epoch_result=result), total)
+        So whoever finishes the last run of the pass has been told before. The first shard has a
+        part of every exchange, so it decides alone.
+        """
+        if self._hello.shard:
+            return
+        for decision in self._endings.decide(self._rounds.runs_over, self._delivery.published):
+            if isinstance(decision, Ended):
+                self._on_event(f"input pass {decision.input_pass} ends at run {decision.run}")
+                self._streams.tell_all(_end_of_data(decision))
+                continue
+            for worker in decision.workers:
+                self._streams.tell(worker, _end_proposal(decision.input_pass, decision.run))
+
+    def _enter_pass(self, input_pass: int) -> None:
+        ended = self._endings.enter(input_pass)
+        if ended is None:
+            return
+        self._rounds.forget_abstentions()
+        for worker, end in ended.items():
+            self._streams.tell(worker, _end_of_data(end))
+
+    def _tell_unsaid(self, worker: int, run: int) -> None:
+        """Tells a worker that a run is over of which others are not told yet.
+
+        A run without exchange is not said to be over while workers could compute it; who has no
+        input for it cannot, and might be the one that the next exchange waits for.
+        """
+        if self._rounds.runs_announced <= run < self._rounds.runs_over:
+            over = pb.RunOver(run=run, exchanges=0, sent=True)
+            self._streams.tell(worker, pb.ToWorker(run_over=over))
+
+    def _close_gathers(self, now: float) -> None:
+        for gather in self._gathers.close(now):
+            result = pb.GatherResult(
+                kind=gather.key.kind,
+                serial=gather.key.serial,
+                run=gather.run,
+                contributors=gather.contributors,
+                reference=gather.reference,
+                hashes=gather.hashes,
+                stop=gather.stop,
+            )
+            total = memoryview(self._gathered.pop(gather.key)).cast("B")
+            message = wire.encode(pb.ToWorker(gather_result=result), total)
+            self._gather_results[gather.key] = message
             for outbox in self._streams.values():
                 outbox.put(message)
 
-    def _announce(self, over: RunOver) -> None:
-        """Tells everybody that a run is over, and whose window has held it that all is sent."""
-        both = [
-            wire.encode(
-                pb.ToWorker(run_over=pb.RunOver(run=over.run, exchanges=over.exchanges, sent=sent))
-            )
-            for sent in (False, True)
-        ]
-        for worker, outbox in self._streams.items():
-            outbox.put(both[over.run < self._rounds.position(worker) + WINDOW_RUNS])
+    def _job_over(self) -> pb.ToWorker:
+        run, worker = self._over_at
+        return pb.ToWorker(job_over=pb.JobOver(run=run, worker=worker))
 
-    def _send_results(self, worker: int, run: int) -> None:
-        """Sends a run that has just come into a worker's window."""
-        outbox = self._streams[worker]
-        if run < self._rounds.kept_from:
-            outbox.put(wire.encode(pb.ToWorker(history_gone=pb.HistoryGone(run=run))))
-            return
-        for message in self._results.get(run, ()):
-            outbox.put(message)
-        if run < self._rounds.runs_announced:
-            exchanges = self._rounds.exchanges(run)
-            over = pb.RunOver(run=run, exchanges=exchanges, sent=True)
-            outbox.put(wire.encode(pb.ToWorker(run_over=over)))
+    def _stop_at(self, fit: int) -> pb.ToWorker:
+        run, worker = self._stops[fit]
+        return pb.ToWorker(stop_at=pb.StopAt(fit=fit, run=run, worker=worker))
 
     def _tell_verdict(self, run: int, verdict: str | None, chunks: list[bytes]) -> None:
         if verdict is None:
             return
         self._on_event(verdict or f"all workers train the same variables from run {run} on")
         verdict_message = pb.ManifestVerdict(run=run, error=verdict)
-        self._tell_all(pb.ToWorker(manifest_verdict=verdict_message))
+        self._streams.tell_all(pb.ToWorker(manifest_verdict=verdict_message))
         for chunk in chunks if not verdict else ():
             self._relay(chunk)
 
@@ -387,23 +408,24 @@ class Job:
             if worker != 0:
                 outbox.put(message)
 
-    def _ask_for_state(self, receiver: int) -> None:
-        found = self._states.request(receiver, self._streams, self._rounds.position)
+    def _ask_for_state(self, receiver: int, wanted: int | None, level_will_do: bool) -> None:
+        found = self._states.request(
+            receiver, self._streams, self._rounds.position, wanted, level_will_do
+        )
         if found is None:
-            raise _invalid(
+            raise invalid(
                 f"Expected a connected worker that is further than worker {receiver}, to take over "
                 "its state. Received: a request while there is none (any more)."
             )
         request, giver = found
         self._on_event(f"worker {giver} gives its state to worker {receiver}")
-        self._streams[giver].put(wire.encode(pb.ToWorker(give_state=pb.GiveState(request=request))))
+        self._streams.tell(giver, pb.ToWorker(give_state=pb.GiveState(request=request)))
 
     def _say_who_is_missing(self, now: float) -> None:
         waits = {}
         run = self._rounds.runs_over
-        missing = self._rounds.missing(run)
-        if self._present and missing and len(missing) < len(self._present):
-            count = len(self._present) - len(missing)
+        missing, count = self._rounds.missing(run), self._rounds.arrived(run)
+        if missing and count:
             waits[f"round {run}: {count} of {self._rounds.replicas_to_aggregate} contributions"] = (
                 missing
             )
@@ -415,9 +437,12 @@ class Job:
             if waited >= _NOTICE_SECONDS and waited % _NOTICE_SECONDS < 1:
                 names = ", ".join(f"worker {w}" for w in workers)
                 text = f"{what} after {waited:.0f} s; waiting for {names}"
-                self._tell_all(pb.ToWorker(notice=pb.Notice(text=text)))
+                self._streams.tell_all(pb.ToWorker(notice=pb.Notice(text=text)))
 
-    def _tell_all(self, message: pb.ToWorker) -> None:
-        data = wire.encode(message)
-        for outbox in self._streams.values():
-            outbox.put(data)
+
+def _end_of_data(end: Ended) -> pb.ToWorker:
+    return pb.ToWorker(end_of_data=pb.EndOfData(input_pass=end.input_pass, run=end.run))
+
+
+def _end_proposal(input_pass: int, run: int) -> pb.ToWorker:
+    return pb.ToWorker(end_proposal=pb.EndProposal(input_pass=input_pass, run=run))

@@ -1,10 +1,13 @@
-"""What the service has to say to one worker, in order."""
+"""What the service has to say to the workers, to each of them in order."""
 
 import collections
 import threading
 from collections.abc import Iterator
 
 import grpc
+
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.transport import wire
 
 
 class Refused(Exception):
@@ -61,3 +64,18 @@ class Outbox:
                     return
                 message = self._messages.popleft()
             yield message
+
+
+class Streams(dict[int, Outbox]):
+    """The outboxes of the connected workers."""
+
+    def tell(self, worker: int, message: pb.ToWorker) -> None:
+        """Says something to a worker, if it is connected."""
+        if worker in self:
+            self[worker].put(wire.encode(message))
+
+    def tell_all(self, message: pb.ToWorker) -> None:
+        """Says something to everybody."""
+        data = wire.encode(message)
+        for outbox in self.values():
+            outbox.put(data)

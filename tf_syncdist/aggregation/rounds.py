@@ -144,6 +144,7 @@ class Rounds:
         self._over = 0
         self._unsaid: list[RunOver] = []
         self._suspended: set[int] = set()
+        self._abstained: dict[int, set[int]] = {}
         self._kept_from = 0
         self._rounds_kept = 0
         self._positions = [0] * num_workers
@@ -186,9 +187,16 @@ class Rounds:
         return self._exchanges[run]
 
     def missing(self, run: int) -> list[int]:
-        """Returns the present workers that have sent nothing for a run that is not over."""
+        """Returns the present workers that have sent nothing for a run that is not over.
+
+        Workers that have said that nothing will come are not among them.
+        """
         arrivals = self._runs[run].arrivals if run in self._runs else {}
-        return sorted(self._present - set(arrivals))
+        return sorted(self._present - set(arrivals) - self._abstained.get(run, set()))
+
+    def arrived(self, run: int) -> int:
+        """Returns how many workers have sent something for a run that is not over."""
+        return len(self._runs[run].arrivals) if run in self._runs else 0
 
     # What happens.
 
@@ -216,6 +224,7 @@ class Rounds:
                 f"worker {worker}."
             )
         self._arrive(worker, key.run, now)
+        self._abstained.get(key.run, set()).discard(worker)
         if key.run < self._kept_from:
             return Receipt(Verdict.LATE, (), f"run {key.run} is over and its results are gone")
         run = self._runs.setdefault(key.run, _Run())
@@ -269,6 +278,7 @@ class Rounds:
             self._check_all_closed(worker, run, exchanges)
             self._exchanges[run] = exchanges
             self._over = run + 1
+            self._abstained = {r: w for r, w in self._abstained.items() if r > run}
             self.rounds += exchanges > 0
             self._rounds_kept += exchanges > 0
             # Where gradients are accumulated most runs have no exchange. Such a run is worth
@@ -304,19 +314,37 @@ class Rounds:
         return tuple(c for c in closed if c)
 
     def end(self, run: int) -> int:
-        """Returns where the job ends when a worker's program ends after `run` runs.
+        """Returns where all can end when one worker wants to end after `run` runs.
 
         Whoever has some result of the last round in which something is closed may be computing for
         the next one, and nobody can have begun the one after that.
         """
         closed = [n for n, r in self._runs.items() if any(map(_any_closed, r.exchanges.values()))]
         last = max(self._over - 1, max(closed, default=-1))
-        return max(run, last + 2, max(self._positions) + 1) if last >= 0 else run
+        return max(run, last + 2, max(self._positions) + 1)
 
     def suspend(self, worker: int, now: float) -> tuple[Closed, ...]:
         """Stops waiting for a worker until it is heard of again: it waits for another's state."""
         self._suspended.add(worker)
         return self.tick(now)
+
+    def abstain(self, worker: int, run: int, now: float) -> tuple[Closed, ...]:
+        """Stops waiting for a worker in one round, and returns the slices that this closes.
+
+        Harmless if the run is over or the worker is in it. A worker that waits for another's state
+        may promise this meanwhile, so it is not heard of again by that.
+        """
+        if run < self._over or worker not in self._present or self.begun(worker) > run:
+            return ()
+        self._abstained.setdefault(run, set()).add(worker)
+        return self.tick(now)
+
+    def forget_abstentions(self) -> None:
+        """Waits again for everybody that can come: the input pass is over in which they abstained.
+
+        A round that did not take place in a pass is the first one of the next.
+        """
+        self._abstained.clear()
 
     def contributed(self, worker: int, run: int) -> tuple[int, int]:
         """Returns how many slices of a kept run have a worker's values, and how many there are."""
@@ -379,11 +407,12 @@ class Rounds:
             counts.delays += 1
 
     def _decide(self, key: SliceKey, run: _Run, state: _Slice, now: float) -> Closed | None:
+        to_come = self._present - self._suspended - self._abstained.get(key.run, set())
         view = SliceView(
             now=now,
             opened_at=min(run.arrivals.values(), default=now),
             contributions=len(state.contributors),
-            possible=len((self._present - self._suspended) | set(state.contributors)),
+            possible=len(to_come | set(state.contributors)),
             num_workers=self.num_workers,
         )
         decision = self._policy.decide(view)

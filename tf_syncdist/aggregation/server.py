@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
-from tf_syncdist.aggregation.job import MAX_WORKERS, Job
+from tf_syncdist.aggregation.admission import MAX_WORKERS
+from tf_syncdist.aggregation.job import Job
 from tf_syncdist.aggregation.outbox import Outbox, Refused
 from tf_syncdist.cluster.addresses import is_loopback
 from tf_syncdist.proto import tf_syncdist_pb2 as pb

@@ -8,9 +8,18 @@ from tf_syncdist.aggregation import manifests
 from tf_syncdist.aggregation.rounds import RoundError
 
 
-class _Request(NamedTuple):
+class Request(NamedTuple):
+    """Who needs a state, and who was asked for it.
+
+    Args:
+        receiver: The worker that needs it.
+        giver: The worker that was asked.
+        level_will_do: Whether a worker that is no further than the receiver may give its own.
+    """
+
     receiver: int
     giver: int
+    level_will_do: bool
 
 
 class _Start:
@@ -32,7 +41,7 @@ class States:
     def __init__(self, num_workers: int) -> None:
         self._num_workers = num_workers
         self._starts: dict[int, _Start] = {}
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Request] = {}
         self._ids = itertools.count(1)
         self._expected = set(range(num_workers))
 
@@ -105,7 +114,12 @@ class States:
     # Workers that fell too far behind.
 
     def request(
-        self, receiver: int, givers: Collection[int], position: Callable[[int], int]
+        self,
+        receiver: int,
+        givers: Collection[int],
+        position: Callable[[int], int],
+        wanted: int | None = None,
+        level_will_do: bool = False,
     ) -> tuple[int, int] | None:
         """Chooses who gives its state to a worker.
 
@@ -113,16 +127,24 @@ class States:
             receiver: The worker that needs a state.
             givers: Workers that can be asked.
             position: Tells the run that a worker is in.
+            wanted: The worker that is to give it, unless it cannot be asked or is behind.
+            level_will_do: Whether a worker that is no further than the receiver may give its own
+                where nobody is further.
 
         Returns:
-            The number of the request and the giver, or `None` if nobody is further.
+            The number of the request and the giver, or `None` if nobody can give a state.
         """
-        able = [w for w in givers if w != receiver and position(w) > position(receiver)]
-        if not able:
+        at = position(receiver)
+        able = [w for w in givers if w != receiver and position(w) >= at]
+        further = [w for w in able if position(w) > at]
+        if wanted in able:
+            giver = wanted
+        elif further or (able and level_will_do):
+            giver = max(further or able, key=lambda w: (position(w), -w))
+        else:
             return None
-        giver = max(able, key=lambda w: (position(w), -w))
         request = next(self._ids)
-        self._requests[request] = _Request(receiver, giver)
+        self._requests[request] = Request(receiver, giver, level_will_do)
         return request, giver
 
     def chunk(self, worker: int, request: int, last: bool) -> int | None:
@@ -143,8 +165,8 @@ class States:
             del self._requests[request]
         return known.receiver
 
-    def drop(self, worker: int) -> list[int]:
-        """Forgets a worker whose stream is gone; returns receivers that need another giver."""
-        orphans = [r.receiver for r in self._requests.values() if r.giver == worker]
-        self._requests = {i: r for i, r in self._requests.items() if worker not in r}
-        return [w for w in orphans if w != worker]
+    def drop(self, worker: int) -> list[Request]:
+        """Forgets a worker whose stream is gone; returns requests that need another giver."""
+        gone = [r for r in self._requests.values() if worker in (r.receiver, r.giver)]
+        self._requests = {i: r for i, r in self._requests.items() if r not in gone}
+        return [r for r in gone if r.receiver != worker]

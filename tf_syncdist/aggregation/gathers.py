@@ -1,0 +1,162 @@
+"""Gathers: small exchanges outside of runs, one message per worker. Pure."""
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+from tf_syncdist.aggregation.rounds import RoundError
+from tf_syncdist.cutoff import CutoffPolicy, SliceView
+
+# The number is that of the contract.
+START = 2
+
+
+class GatherKey(NamedTuple):
+    """Names a gather: of which kind, and which one of that kind."""
+
+    kind: int
+    serial: int
+
+
+class Part(NamedTuple):
+    """What a worker says in a gather, but for the values.
+
+    Args:
+        run: How many runs it has done.
+        layout: Fingerprint of what the values are.
+        elements: How many they are.
+        hashes: One per common variable, or none.
+        stop: Whether the worker wishes that training stops.
+    """
+
+    run: int
+    layout: int
+    elements: int
+    hashes: tuple[int, ...] = ()
+    stop: bool = False
+
+
+class GatherClosed(NamedTuple):
+    """A gather that has just been closed.
+
+    Args:
+        key: Which.
+        run: The most runs that a contributor had done.
+        contributors: Who is in it, in the order of their arrival.
+        reference: The worker whose hashes follow: worker 0 if it is in it, else the lowest one.
+        hashes: The reference's hashes.
+        stop: Whether any contributor wishes that training stops.
+    """
+
+    key: GatherKey
+    run: int
+    contributors: tuple[int, ...]
+    reference: int
+    hashes: tuple[int, ...]
+    stop: bool
+
+
+class _Gather:
+    def __init__(self, part: Part, now: float) -> None:
+        self.first = part
+        self.run = part.run
+        self.opened_at = now
+        self.contributors: list[int] = []
+        self.hashes: tuple[int, ...] = ()
+        self.stop = False
+        self.closed = False
+
+    def add(self, worker: int, part: Part) -> None:
+        self.contributors.append(worker)
+        self.run = max(self.run, part.run)
+        self.stop = self.stop or part.stop
+        if worker == min(self.contributors):
+            self.hashes = part.hashes
+
+
+class Gathers:
+    """Decides who is in a gather, by the cutoff of the rounds.
+
+    Args:
+        num_workers: How many workers the job has.
+        policy: The cutoff policy.
+        begun: Tells how many runs a worker has begun. A worker that has gone on past a gather
+            without taking part will not come, so nobody waits for it.
+    """
+
+    def __init__(self, num_workers: int, policy: CutoffPolicy, begun: Callable[[int], int]) -> None:
+        self._num_workers = num_workers
+        self._policy = policy
+        self._begun = begun
+        self._gathers: dict[GatherKey, _Gather] = {}
+        self._present = set(range(num_workers))
+
+    def contribute(self, worker: int, key: GatherKey, part: Part, now: float) -> bool:
+        """Takes note of a worker's message and returns whether its values are to be added.
+
+        Args:
+            worker: Index of the worker.
+            key: Which gather it takes part in.
+            part: What it says.
+            now: Time of arrival, in seconds.
+
+        Raises:
+            RoundError: If workers disagree on what is summed.
+        """
+        gather = self._gathers.setdefault(key, _Gather(part, now))
+        first = gather.first
+        if (first.layout, first.elements) != (part.layout, part.elements):
+            raise RoundError(
+                f"Expected the same metrics on every worker after run {part.run}: "
+                f"{first.elements} value(s), layout {first.layout:016x}. Received: "
+                f"{part.elements} value(s), layout {part.layout:016x}, from worker {worker}. "
+                "Compile the same metrics on every worker."
+            )
+        if gather.closed or worker in gather.contributors:
+            return False
+        gather.add(worker, part)
+        return True
+
+    def close(self, now: float) -> list[GatherClosed]:
+        """Closes what can be closed; ask after every message and after a worker left."""
+        closed = []
+        for key, gather in self._gathers.items():
+            if gather.closed or not gather.contributors:
+                continue
+            to_come = {w for w in self._present if self._begun(w) <= gather.run}
+            to_come -= set(gather.contributors)
+            if key.kind == START and 0 in to_come:
+                continue
+            view = SliceView(
+                now=now,
+                opened_at=gather.opened_at,
+                contributions=len(gather.contributors),
+                possible=len(to_come) + len(gather.contributors),
+                num_workers=self._num_workers,
+            )
+            if self._policy.decide(view).close:
+                gather.closed = True
+                contributors = tuple(gather.contributors)
+                reference = min(contributors)
+                closed.append(
+                    GatherClosed(
+                        key, gather.run, contributors, reference, gather.hashes, gather.stop
+                    )
+                )
+        return closed
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a gather is open."""
+        return any(not gather.closed for gather in self._gathers.values())
+
+    def leave(self, worker: int) -> None:
+        """Stops waiting for a worker."""
+        self._present.discard(worker)
+
+    def forget(self, present: Collection[int]) -> list[GatherKey]:
+        """Forgets gathers that every present worker has gone past, and returns them."""
+        done = min((self._begun(w) for w in present), default=0)
+        gone = [k for k, gather in self._gathers.items() if gather.closed and gather.run < done]
+        for key in gone:
+            del self._gathers[key]
+        return gone

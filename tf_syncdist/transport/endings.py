@@ -1,0 +1,170 @@
+"""Where training stops, and where input of unknown length ends, for one worker."""
+
+from collections.abc import Callable
+
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.transport.exchanges import Exchanging
+from tf_syncdist.transport.link import SessionConfig
+
+
+class Ending(Exchanging):
+    """The part of a session that is about the end: of a training, an input pass and the job.
+
+    An *input pass* is one iteration of the job over its training input. All workers count passes
+    alike from 0, and all of them end a pass at the same number of runs.
+
+    TensorFlow's threads call these methods, perhaps for a run ahead of the one in progress.
+    """
+
+    def __init__(self, config: SessionConfig, on_notice: Callable[[str], None]) -> None:
+        super().__init__(config, on_notice)
+        self._job_over: tuple[int, int] | None = None
+        self._stops: dict[int, int] = {}
+        self._begun = 0
+        # Older passes are done with.
+        self._pass = 0
+        self._ends: dict[int, int] = {}
+        self._promised: set[tuple[int, int]] = set()
+
+    # The end of training.
+
+    def job_over_at(self) -> tuple[int, int] | None:
+        """Returns the run from which the job is over and the worker that said so, or `None`."""
+        with self._changed:
+            return self._job_over
+
+    def wish_stop(self, fit: int, run: int) -> None:
+        """Wishes that training stops; the service decides where, and tells every worker.
+
+        Args:
+            fit: Which training, counted alike by every worker.
+            run: How many runs this worker has done.
+        """
+        self._send_first(pb.ToAggregator(stop_wish=pb.StopWish(fit=fit, run=run)))
+
+    def stop_at(self, fit: int) -> int | None:
+        """Returns after how many runs a training stops, or `None` as long as nobody wishes it.
+
+        A worker knows before it finishes the last run.
+        """
+        with self._changed:
+            self._check()
+            return self._stops.get(fit)
+
+    # The end of input.
+
+    def enter_run(self, input_pass: int, run: int) -> bool:
+        """Asks whether this worker may take input for a run, before it does.
+
+        If this worker has promised not to begin the run, this waits until the pass is known to end
+        there, or the run is over without it.
+
+        Args:
+            input_pass: Which iteration over the input.
+            run: The run.
+
+        Returns:
+            Whether it may. If not, the pass has ended before the run.
+        """
+        with self._changed:
+            self._check()
+            self._enter(input_pass)
+
+            def settled() -> bool:
+                return (input_pass, run) not in self._promised or self._is_settled(input_pass, run)
+
+            # Not while a run is in progress: its thread answers for itself.
+            self._wait(
+                settled,
+                f"the end of round {run}, which it had promised not to begin, or of the input",
+                gives_state=lambda: run <= self._finished,
+            )
+            if self._has_ended(input_pass, run):
+                return False
+            self._begun = max(self._begun, run + 1)
+            return True
+
+    def begin_run(self, run: int) -> None:
+        """Takes note that this worker begins a run with input of known length."""
+        with self._changed:
+            self._begun = max(self._begun, run + 1)
+
+    def vote_end(self, input_pass: int, run: int) -> bool:
+        """Says that this worker has no input for a run, and waits for what comes of it.
+
+        Args:
+            input_pass: Which iteration over the input.
+            run: The run.
+
+        Returns:
+            Whether the pass ends here. If not, the run is over without this worker, which is to
+            replay it.
+        """
+        with self._changed:
+            self._check()
+            self._enter(input_pass)
+            if not self._is_settled(input_pass, run):
+                self._promise(input_pass, run)
+            self._wait(
+                lambda: self._is_settled(input_pass, run),
+                f"the end of round {run}, for which it has no input, or of the others' input",
+                gives_state=lambda: run <= self._finished,
+            )
+            return self._has_ended(input_pass, run) or not self._is_over(run)
+
+    def end_of(self, input_pass: int) -> int | None:
+        """Returns the run before which an input pass ends, or `None` if that is not decided.
+
+        It is known before the last run of the pass can be finished.
+        """
+        with self._changed:
+            self._check()
+            return self._ends.get(input_pass)
+
+    def leave_pass(self, input_pass: int) -> None:
+        """Takes note that this worker takes no more input in a pass, and ends its waits for it."""
+        with self._changed:
+            self._enter(input_pass + 1)
+
+    # How.
+
+    def _enter(self, input_pass: int) -> None:
+        if input_pass > self._pass:
+            self._pass = input_pass
+            self._send_all(pb.ToAggregator(enter_pass=pb.EnterPass(input_pass=input_pass)))
+            self._promised = {k for k in self._promised if k[0] >= input_pass}
+            # The last end may still be asked for while the next pass is being prefetched.
+            self._ends = {p: e for p, e in self._ends.items() if p >= input_pass - 1}
+            self._changed.notify_all()
+
+    def _has_ended(self, input_pass: int, run: int) -> bool:
+        end = self._ends.get(input_pass)
+        return input_pass < self._pass or (end is not None and end <= run)
+
+    def _is_settled(self, input_pass: int, run: int) -> bool:
+        """Returns whether nothing is left to wait for before a run that was promised away."""
+        beyond = self._job_over is not None and run >= self._job_over[0]
+        return beyond or self._has_ended(input_pass, run) or self._is_over(run)
+
+    def _promise(self, input_pass: int, run: int) -> None:
+        self._promised = {k for k in self._promised if k[1] >= self._finished}
+        self._promised.add((input_pass, run))
+        # Sending only queues, so this can be done with the lock held, and by the receiving thread.
+        vote = pb.EndVote(input_pass=input_pass, run=run)
+        self._send_all(pb.ToAggregator(end_vote=vote))
+
+    def _on_job_over(self, shard: int, message: pb.JobOver, *_: object) -> None:
+        self._job_over = (message.run, message.worker)
+
+    def _on_stop_at(self, shard: int, message: pb.StopAt, *_: object) -> None:
+        self._stops.setdefault(message.fit, message.run)
+
+    def _on_end_proposal(self, shard: int, message: pb.EndProposal, *_: object) -> None:
+        # Who has begun the run is going to contribute to it, which answers the proposal too.
+        begun = max(self._begun, self._finished)
+        if message.input_pass >= self._pass and message.run >= begun:
+            self._promise(message.input_pass, message.run)
+
+    def _on_end_of_data(self, shard: int, message: pb.EndOfData, *_: object) -> None:
+        known = self._ends.get(message.input_pass, message.run)
+        self._ends[message.input_pass] = min(known, message.run)
