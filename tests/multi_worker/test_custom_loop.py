@@ -64,5 +64,11 @@ def test_the_report_agrees_with_each_worker(job: JobResult) -> None:
 
 def test_logs_are_silent(job: JobResult) -> None:
     for index in range(1, WORKERS):
-        log = job.logs[f"worker {index}"]
-        assert [i for i in log.splitlines() if "0000 00:" not in i and "absl::" not in i] == []
+        lines = [
+            line
+            for line in job.logs[f"worker {index}"].splitlines()
+            if "0000 00:" not in line and "absl::" not in line
+        ]
+        # Without a graph, what a replay would leave out cannot be seen; it is said once.
+        assert len([i for i in lines if "runs without a graph" in i]) <= 1
+        assert [i for i in lines if "runs without a graph" not in i] == []
