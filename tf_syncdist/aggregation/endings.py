@@ -43,6 +43,7 @@ class Endings:
         self._pass = 0
         self._end: int | None = None
         self._votes: dict[int, set[int]] = {}
+        self._old_votes: dict[int, set[int]] = {}
         self._asked: dict[int, set[int]] = {}
 
     @property
@@ -67,7 +68,7 @@ class Endings:
             for worker in self._votes[run]
         }
         self._pass, self._end = input_pass, None
-        self._votes, self._asked = {}, {}
+        self._old_votes, self._votes, self._asked = self._votes, {}, {}
         return ended
 
     def vote(self, worker: int, input_pass: int, run: int) -> bool:
@@ -97,10 +98,11 @@ class Endings:
         for run in [r for r in self._votes if r < over]:
             del self._votes[run]
             self._asked.pop(run, None)
+        self._old_votes = {r: w for r, w in self._old_votes.items() if r >= over}
 
     def voters(self, run: int) -> set[int]:
-        """Returns the workers that have voted for a run."""
-        return self._votes.get(run, set())
+        """Returns the workers that have voted for a run, in this pass or the last one."""
+        return self._votes.get(run, set()) | self._old_votes.get(run, set())
 
     def asked(self, worker: int) -> list[Asked]:
         """Returns what a worker has been asked and not answered."""

@@ -264,7 +264,7 @@ class Job:
         self._enter_pass(message.input_pass)
         if not self._endings.vote(worker, message.input_pass, message.run):
             # Whoever is in a newer pass has not been in this run, unless it is over.
-            if message.run >= self._rounds.runs_over:
+            if message.run >= self._rounds.runs_over and not self._hello.shard:
                 self._streams.tell(worker, _end_of_data(Ended(message.input_pass, message.run)))
             return
         closed = self._rounds.abstain(worker, message.run, self._clock())
@@ -356,7 +356,8 @@ class Job:
         if ended is None:
             return
         self._rounds.forget_abstentions()
-        for worker, end in ended.items():
+        # Another shard may hear of the new pass before it hears that the last runs are over.
+        for worker, end in ended.items() if not self._hello.shard else ():
             self._streams.tell(worker, _end_of_data(end))
 
     def _tell_unsaid(self, worker: int, run: int) -> None:
