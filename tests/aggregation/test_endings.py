@@ -16,9 +16,11 @@ class Job:
         """Asks for decisions."""
         return self.endings.decide(self.over, lambda run: run in self.published)
 
-    def vote(self, worker: int, run: int, input_pass: int = 0) -> list[Ended | Asked]:
+    def vote(
+        self, worker: int, run: int, input_pass: int = 0, is_length: bool = False
+    ) -> list[Ended | Asked]:
         """Lets a worker vote; returns what comes of it."""
-        assert self.endings.vote(worker, input_pass, run)
+        assert self.endings.vote(worker, input_pass, run, is_length)
         return self.decide()
 
     def begin(self, worker: int, run: int) -> list[Ended | Asked]:
@@ -32,6 +34,17 @@ def test_as_long_as_enough_have_input_they_go_on() -> None:
     assert job.vote(3, 5) == [] and job.vote(0, 5) == []
     assert job.begin(1, 5) == [] and job.begin(2, 5) == []
     assert job.endings.end is None
+
+
+def test_where_all_read_the_same_a_length_ends_the_pass_for_all() -> None:
+    job = Job(4, needed=2)
+    assert job.vote(3, 5, is_length=True) == [Asked(0, 5, (0, 1, 2))]
+    job.vote(0, 5)
+    job.vote(1, 5)
+    assert job.vote(2, 5) == [Ended(0, 5)]
+    job.endings.enter(1)
+    # What was known of the last pass says nothing about the next one.
+    assert job.vote(3, 5, input_pass=1) == []
 
 
 def test_when_too_few_remain_each_of_them_is_asked_once() -> None:

@@ -23,8 +23,9 @@ class Endings:
     """Decides where an input pass ends, from votes for runs that workers will not begin.
 
     A worker that runs out of input votes for its next run. The others go on without it as long as
-    they are enough to close the round. When they are not, the pass ends after that round if one
-    of them takes part in it, and before it if all promise not to.
+    they are enough to close the round, unless the input is the same for all and they have some left
+    only because they did not read all of it. When they do not go on, the pass ends after that round
+    if one of them takes part in it, and before it if all promise not to.
 
     All workers end a pass at the same number of runs, so one pass is known at a time.
 
@@ -43,6 +44,7 @@ class Endings:
         self._pass = 0
         self._end: int | None = None
         self._votes: dict[int, set[int]] = {}
+        self._lengths: set[int] = set()
         self._old_votes: dict[int, set[int]] = {}
         self._asked: dict[int, set[int]] = {}
 
@@ -69,15 +71,17 @@ class Endings:
         }
         self._pass, self._end = input_pass, None
         self._old_votes, self._votes, self._asked = self._votes, {}, {}
+        self._lengths = set()
         return ended
 
-    def vote(self, worker: int, input_pass: int, run: int) -> bool:
+    def vote(self, worker: int, input_pass: int, run: int, is_length: bool = False) -> bool:
         """Takes note that a worker will not begin a run.
 
         Args:
             worker: Index of the worker.
             input_pass: Which iteration over the input.
             run: The run.
+            is_length: Whether the input of all workers is known to end there.
 
         Returns:
             Whether the vote counts; it does not if it is for an older pass, or the worker has left.
@@ -85,6 +89,8 @@ class Endings:
         if worker not in self._present or input_pass != self._pass:
             return False
         self._votes.setdefault(run, set()).add(worker)
+        if is_length:
+            self._lengths.add(run)
         return True
 
     def leave(self, worker: int) -> None:
@@ -135,7 +141,8 @@ class Endings:
             # Also if the end was to be after this run: whoever had begun it is gone.
             self._end = run
             return Ended(self._pass, run)
-        if self._end is not None or len(remaining) >= self._needed:
+        goes_on = len(remaining) >= self._needed and run not in self._lengths
+        if self._end is not None or goes_on:
             return None
         if any(self._begun(w) > run for w in remaining):
             if published(run):

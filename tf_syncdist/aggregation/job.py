@@ -262,7 +262,7 @@ class Job:
 
     def _on_end_vote(self, worker: int, message: pb.EndVote, *_: object) -> None:
         self._enter_pass(message.input_pass)
-        if not self._endings.vote(worker, message.input_pass, message.run):
+        if not self._endings.vote(worker, message.input_pass, message.run, message.is_length):
             # Whoever is in a newer pass has not been in this run, unless it is over.
             if message.run >= self._rounds.runs_over and not self._hello.shard:
                 self._streams.tell(worker, _end_of_data(Ended(message.input_pass, message.run)))

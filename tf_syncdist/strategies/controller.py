@@ -1,5 +1,6 @@
 """The training runs of one worker as they are executed, and what became of each."""
 
+import collections
 import enum
 import time
 import weakref
@@ -128,6 +129,9 @@ class RunController:
         self._lost = False
         self._exchange = 0
         self._over = False
+        self._void = False
+        self._input_pass: int | None = None
+        self._read_ahead: collections.deque[tuple[int, int]] = collections.deque()
         self._resume_at = 0
         self._computed = 0
         self._first_end: float | None = None
@@ -171,7 +175,7 @@ class RunController:
     def finish(self, site: RunSite, outputs: Sequence[np.ndarray] | None) -> None:
         """Ends a run. `outputs` are kept for later replays of the site."""
         with _recorded(self):
-            if self._over:
+            if self._void:
                 return
             if self._lost:
                 self._refresh()
@@ -186,9 +190,10 @@ class RunController:
             else:
                 fate = pb.MISSED
                 self._exchange = self._session.exchanges_of_missed(self.run)
-            self._session.finish(self.run, self._exchange, fate)
+            # A thread that reads ahead may give this worker's state as soon as the run is finished.
+            done, self.run = self.run, self.run + 1
+            self._session.finish(done, self._exchange, fate)
             self._fates[fate] += self._exchange > 0
-            self.run += 1
             self._last_end = self._clock()
             if self._first_end is None:
                 self._first_end = self._last_end
@@ -199,6 +204,22 @@ class RunController:
     def runs_done(self) -> tuple[int, int]:
         """How many runs this worker has done, and how many of them it computed."""
         return self.run, self._computed
+
+    def begin_input(self) -> None:
+        """Takes note that input is read anew; what was agreed about the last input has served."""
+        self._read_ahead.clear()
+        if self._input_pass is not None and self.run > self._input_pass:
+            self._session.leave_pass(self._input_pass)
+            self._input_pass = None
+
+    def begin_pass(self) -> int:
+        """Returns the run with which input of unknown length begins; it is the name of the pass."""
+        self._input_pass = self.run
+        return self.run
+
+    def has_read(self, input_pass: int, run: int) -> None:
+        """Takes note that there is input for a run; where the pass ends may not be known yet."""
+        self._read_ahead.append((input_pass, run))
 
     def replays(self, run: int) -> bool:
         """Returns whether a coming run is surely not going to be computed."""
@@ -250,13 +271,16 @@ class RunController:
 
     def _decide(self, site: RunSite) -> Mode:
         over = self._session.job_over_at()
+        self._void = self._is_past_input()
         if over is not None and self.run >= over[0]:
+            self._void = True
             if not self._over:
                 self._over = True
                 self._on_notice(
                     f"worker {over[1]}'s program ended, and the job with it after {over[0]} "
                     "run(s); further training runs do nothing"
                 )
+        if self._void:
             return Mode.SKIP
         self._synchronise(site)
         if self.run < self._resume_at:
@@ -279,6 +303,15 @@ class RunController:
                 )
             return Mode.COMPUTE
         return Mode.REPLAY
+
+    def _is_past_input(self) -> bool:
+        """Returns whether input for this run was read ahead of where it ends for all workers."""
+        while self._read_ahead:
+            input_pass, run = self._read_ahead.popleft()
+            if run >= self.run:
+                end = self._session.end_of(input_pass)
+                return end is not None and end <= run
+        return False
 
     def _synchronise(self, site: RunSite) -> None:
         """Takes over worker 0's values of variables that this site trains for the first time."""

@@ -140,15 +140,20 @@ class WorkerDataset(tf.distribute.DistributedDataset):
     Args:
         dataset: The worker's share; with several devices its batches are PerReplica values.
         continued: Whether the dataset has no end, and each epoch goes on where the last one ended.
+        on_iter: Called where an iteration begins.
     """
 
-    def __init__(self, dataset: tf.data.Dataset, continued: bool) -> None:
+    def __init__(
+        self, dataset: tf.data.Dataset, continued: bool, on_iter: Callable[[], None]
+    ) -> None:
         self._dataset = dataset
         self._continued = continued
+        self._on_iter = on_iter
         self._built = False
         self._iterator: Any = None
 
     def __iter__(self) -> Any:
+        self._on_iter()
         if not self._continued:
             return iter(self._dataset)
         if not self._built:

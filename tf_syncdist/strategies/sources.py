@@ -24,6 +24,7 @@ class _Pass:
     def __init__(self, run: int) -> None:
         self.begin = run
         self.run = run
+        self.skipped = False
 
 
 class Source:
@@ -33,15 +34,17 @@ class Source:
         session: The connection to the service.
         controller: Takes this worker through its runs.
         ends: Whether workers have to agree on the end, because its place is not known.
+        alike: Whether the input of all workers has the same length.
         skips: Whether a worker that is behind does without reading; every batch is for one run.
     """
 
     def __init__(
-        self, session: Session, controller: RunController, ends: bool, skips: bool
+        self, session: Session, controller: RunController, ends: bool, alike: bool, skips: bool
     ) -> None:
         self._session = session
         self._controller = controller
         self._ends = ends
+        self._alike = alike
         self._skips = skips
         self._passes: list[_Pass] = []
         self._now: _Pass | None = None
@@ -70,7 +73,8 @@ class Source:
 
         endless = tf.data.Dataset.counter()
         repeated = endless.map(previous)
-        real = dataset.map(remember)
+        # What may be read ahead is the dataset itself, but no decision.
+        real = dataset.prefetch(1).map(remember)
         if self._ends:
             after = endless.map(lambda _: tf.numpy_function(self._out_of_data, [], tf.bool))
             real = real.concatenate(after.take_while(lambda goes_on: goes_on).map(previous))
@@ -84,7 +88,10 @@ class Source:
             return endless.map(choose).take_while(lambda choice: choice >= 0)
 
         begin = tf.data.Dataset.range(1).map(self._numbered)
-        return tf.data.Dataset.choose_from_datasets([real, repeated], begin.flat_map(choices))
+        watched = tf.data.Dataset.choose_from_datasets([real, repeated], begin.flat_map(choices))
+        options = tf.data.Options()
+        options.experimental_optimization.inject_prefetch = False
+        return watched.with_options(options)
 
     def _numbered(self, _: tf.Tensor) -> tf.Tensor:
         number = tf.numpy_function(self._begin_pass, [], tf.int64)
@@ -95,7 +102,7 @@ class Source:
 
     def _begin_pass(self) -> np.int64:
         with self._lock:
-            self._passes.append(_Pass(self._controller.run))
+            self._passes.append(_Pass(self._controller.begin_pass()))
             return np.int64(len(self._passes) - 1)
 
     def _choose(self, number: np.int64, index: np.int64) -> np.int64:
@@ -105,12 +112,20 @@ class Source:
         if self._ends and not self._session.enter_run(now.begin, now.run):
             return np.int64(_END)
         behind = self._skips and self._previous is not None and self._controller.replays(now.run)
+        now.skipped = now.skipped or behind
         return np.int64(_REPEAT if behind else _READ)
 
     def _out_of_data(self) -> np.bool_:
-        return np.bool_(not self._session.vote_end(self._now.begin, self._now.run))
+        now = self._now
+        is_length = self._alike and not now.skipped
+        if self._session.vote_end(now.begin, now.run, is_length):
+            return np.bool_(False)
+        self._controller.has_read(now.begin, now.run)
+        return np.bool_(True)
 
     def _remember(self, *arrays: np.ndarray) -> np.int64:
+        if self._ends:
+            self._controller.has_read(self._now.begin, self._now.run)
         self._previous = list(arrays)
         return np.int64(0)
 

@@ -292,12 +292,12 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             return super().experimental_distribute_dataset(dataset, options)
         share = (self._aggregate, self.worker_index, self.num_workers)
         continued = call is not None and call.batch_size is not None
+        own = inputs.is_sharded_by_user(dataset)
         if continued:
             dataset = inputs.divide_arrays(dataset, *share)
             ends = False
         else:
             cardinality = int(dataset.cardinality())
-            own = inputs.is_sharded_by_user(dataset)
             dataset = inputs.divide(dataset, *share)
             ends = cardinality == tf.data.UNKNOWN_CARDINALITY
             if own and cardinality >= 0:
@@ -305,15 +305,18 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
                 dataset = dataset.repeat()
                 dataset = dataset.take(cardinality) if call is None else dataset
                 continued = call is not None
-        dataset = self._watch(dataset, ends, call is not None)
+        dataset = self._watch(dataset, ends, not own, call is not None)
         dataset = inputs.split(dataset, len(self.extended.worker_devices))
-        return inputs.WorkerDataset(dataset, continued)
+        return inputs.WorkerDataset(dataset, continued, self._controller.begin_input)
 
-    def _watch(self, dataset: tf.data.Dataset, ends: bool, fits: bool) -> tf.data.Dataset:
+    def _watch(
+        self, dataset: tf.data.Dataset, ends: bool, alike: bool, fits: bool
+    ) -> tf.data.Dataset:
         skips = fits and self._aggregate < self.num_workers
         if not (ends or skips):
             return dataset
-        return Source(self._member.session, self._controller, ends, skips).watch(dataset)
+        source = Source(self._member.session, self._controller, ends, alike, skips)
+        return source.watch(dataset)
 
     def distribute_datasets_from_function(
         self,
@@ -341,7 +344,8 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         # The shares of workers may differ in length.
         ends = int(dataset.cardinality()) != tf.data.INFINITE_CARDINALITY
         dataset = inputs.group(dataset, len(self.extended.worker_devices))
-        return inputs.WorkerDataset(self._watch(dataset, ends, fits=False), continued=False)
+        dataset = self._watch(dataset, ends, alike=False, fits=False)
+        return inputs.WorkerDataset(dataset, False, self._controller.begin_input)
 
     # Values.
 

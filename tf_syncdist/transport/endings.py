@@ -89,12 +89,13 @@ class Ending(Exchanging):
         with self._changed:
             self._begun = max(self._begun, run + 1)
 
-    def vote_end(self, input_pass: int, run: int) -> bool:
+    def vote_end(self, input_pass: int, run: int, is_length: bool = False) -> bool:
         """Says that this worker has no input for a run, and waits for what comes of it.
 
         Args:
             input_pass: Which iteration over the input.
             run: The run.
+            is_length: Whether the input is the same for all workers, and known to end there.
 
         Returns:
             Whether the pass ends here. If not, the run is over without this worker, which is to
@@ -104,7 +105,7 @@ class Ending(Exchanging):
             self._check()
             self._enter(input_pass)
             if not self._is_settled(input_pass, run):
-                self._promise(input_pass, run)
+                self._promise(input_pass, run, is_length)
             self._wait(
                 lambda: self._is_settled(input_pass, run),
                 f"the end of round {run}, for which it has no input, or of the others' input",
@@ -146,11 +147,11 @@ class Ending(Exchanging):
         beyond = self._job_over is not None and run >= self._job_over[0]
         return beyond or self._has_ended(input_pass, run) or self._is_over(run)
 
-    def _promise(self, input_pass: int, run: int) -> None:
+    def _promise(self, input_pass: int, run: int, is_length: bool = False) -> None:
         self._promised = {k for k in self._promised if k[1] >= self._finished}
         self._promised.add((input_pass, run))
         # Sending only queues, so this can be done with the lock held, and by the receiving thread.
-        vote = pb.EndVote(input_pass=input_pass, run=run)
+        vote = pb.EndVote(input_pass=input_pass, run=run, is_length=is_length)
         self._send_all(pb.ToAggregator(end_vote=vote))
 
     def _on_job_over(self, shard: int, message: pb.JobOver, *_: object) -> None:
