@@ -207,6 +207,8 @@ def main(argv: Sequence[str]) -> None:
     """Tries all pairs."""
     pairs = _PAIRS.value or [oldest_pair(_ROOT / "setup.cfg"), f"{_NEWEST}:{_NEWEST}"]
     parsed = [_parse(pair) for pair in pairs]
+    # Otherwise what was started, in groups of its own, would go on.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     rows = []
     with contextlib.ExitStack() as stack:
         scratch = Path(tempfile.mkdtemp(prefix="tf_syncdist_matrix_"))
