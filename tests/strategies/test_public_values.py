@@ -16,10 +16,6 @@ pytestmark = pytest.mark.timeout(200)
 
 Answers = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
-_NOT_SELECTED = {
-    "public_values": ["values_from_a_function_in_a_run", "batches_of_unequal_size"],
-    "public_state": ["merge_call_that_returns_distributed_values"],
-}
 # What MirroredStrategy refuses.
 _ERRORS = {("public_values", 2): {"numbers_that_are_not_distributed"}}
 
@@ -53,25 +49,11 @@ def test_the_answers_are_those_of_mirrored_strategy(
     request: pytest.FixtureRequest, program: str, devices: int
 ) -> None:
     answers: Answers = request.getfixturevalue(f"{program}_{devices}")
-    left_out = _NOT_SELECTED[program] if devices == 1 else []
-    differences = {n: _difference(a) for n, a in answers.items() if n not in left_out}
+    differences = {n: _difference(a) for n, a in answers.items()}
     assert {n: d for n, d in differences.items() if d} == {}
     # Equal errors are equal answers, but not by mistake.
     errors = {n for n, a in answers.items() if "error" in a["mirrored"]}
     assert errors == _ERRORS.get((program, devices), set())
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="With one device, a replica is given distributed values as they are, not its part.",
-)
-@pytest.mark.parametrize(
-    ("program", "name"), [(p, n) for p, ns in _NOT_SELECTED.items() for n in ns]
-)
-def test_a_replica_of_one_device_is_given_its_part_of_distributed_values(
-    request: pytest.FixtureRequest, program: str, name: str
-) -> None:
-    assert not _difference(request.getfixturevalue(f"{program}_1")[name])
 
 
 def test_a_worker_alone_is_the_chief(monkeypatch: pytest.MonkeyPatch) -> None:

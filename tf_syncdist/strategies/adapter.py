@@ -55,8 +55,9 @@ _AutoShardDataset = _private(_DATA, "_AutoShardDataset")
 # tf.distribute.StrategyExtended is public, but an implementation with mirrored variables is not.
 _MirroredExtended = _private("tensorflow.python.distribute.mirrored_strategy", "MirroredExtended")
 
-# PerReplica values cannot be made in a public way.
+# PerReplica values cannot be made in a public way, nor can nests of them be taken apart.
 _regroup = _private("tensorflow.python.distribute.distribute_utils", "regroup")
+_select_replica = _private("tensorflow.python.distribute.distribute_utils", "select_replica")
 
 # How variables tell what they are; tf.VariableSynchronization is public, the classes are not.
 _SyncOnReadVariable = _private("tensorflow.python.distribute.values", "SyncOnReadVariable")
@@ -145,7 +146,7 @@ class WorkerReplicaContext(tf.distribute.ReplicaContext):
 
     def _merge(self, merge_fn: Callable, args: tuple, kwargs: dict | None) -> Any:
         if self._inner is None:
-            return super().merge_call(merge_fn, args, kwargs)
+            return _select_replica(0, super().merge_call(merge_fn, args, kwargs))
         try:
             return self._inner._merge_call(merge_fn, args, kwargs or {})
         except RuntimeError as e:
@@ -247,6 +248,7 @@ class WorkerExtended(_MirroredExtended):
     def _call_replicas(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         strategy = self._container_strategy()
         if len(self.worker_devices) == 1:
+            args, kwargs = _select_replica(0, (args, kwargs))
             with WorkerReplicaContext(strategy, self._first_replica_id, self._hooks):
                 with tf.device(self.worker_devices[0]):
                     return fn(*args, **kwargs)
@@ -382,6 +384,9 @@ def shard_by_files(dataset: tf.data.Dataset, num_workers: int, worker: int) -> t
 
 def trained_by(optimizer: object) -> list:
     """Returns the Keras variables that an optimizer trains."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        # Its own list is empty before Keras 3.12.
+        return trained_by(optimizer.inner_optimizer)
     return list(getattr(optimizer, _seam(optimizer, "_trainable_variables")))
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import signal
 import weakref
 from collections.abc import Callable, Iterator
@@ -77,8 +78,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         arXiv 1604.00981, section on Sync-Opt with backup workers.
     """
 
-    # MirroredExtended reads it from its strategy.
-    _collective_key_base = 0
+    _collective_keys = itertools.count(10_000_000, 100_000)
 
     def __init__(
         self,
@@ -136,6 +136,8 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         )
         self._lifted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         first_replica = role.task_index * len(devices)
+        # MirroredExtended reads it from its strategy; two of them must not share their keys.
+        self._collective_key_base = next(self._collective_keys)
         super().__init__(adapter.WorkerExtended(self, devices, first_replica, self._runs))
         if self._member is not None:
             self._start(slice_bytes)
