@@ -65,6 +65,7 @@ OPTIONS = [
     "clipvalue_bites_sgd",
 ]
 ALL = [*CLASSES, *OPTIONS]
+NOT_YET = "because its optimizer has not updated anything so far"
 CLIPS = ("clipnorm", "global_clipnorm", "clipvalue")
 
 
@@ -137,8 +138,10 @@ def test_a_slow_worker_replays_and_ends_with_the_same_bits(case: str, jobs: Jobs
 def test_no_optimizer_of_keras_needs_the_whole_function(part: str, jobs: Jobs) -> None:
     for backup_workers in (0, 1):
         for task, log in jobs.run(part, 2, backup_workers).logs.items():
-            assert "executes the whole training function" not in log, task
-            assert "takes over" not in log, task
+            said = [line for line in log.splitlines() if line.startswith("tf_syncdist: worker")]
+            # Without a graph, an optimizer that accumulates is known by its first update only.
+            assert [line for line in said if not line.endswith(NOT_YET)] == [], task
+            assert len(said) <= (1 if part == "options" and backup_workers else 0), task
 
 
 @pytest.mark.parametrize("clip", CLIPS)
