@@ -90,3 +90,21 @@ def test_in_the_next_pass_everybody_is_waited_for() -> None:
     rounds.forget_abstentions()
     assert not send(rounds, 0).closed
     assert send(rounds, 1).closed
+
+
+def test_what_is_late_in_one_exchange_is_not_waited_for_in_the_next() -> None:
+    rounds = Rounds(3, BackupWorkers(1))
+    for worker in (0, 1):
+        send(rounds, worker)
+    assert rounds.late(2, 0, 0.0) == ()
+    following = SliceKey(0, 1, 0)
+    assert not rounds.contribute(0, following, SPEC, 0.0).closed
+    (closed,) = rounds.leave(1, 0.0)
+    assert closed.key == following and closed.contributors == (0,)
+
+
+def test_being_late_closes_what_has_waited_for_it() -> None:
+    rounds = Rounds(2, FullSync())
+    send(rounds, 0)
+    (closed,) = rounds.late(1, 0, 0.0)
+    assert closed.contributors == (0,)

@@ -218,7 +218,7 @@ class Job:
             self._close_gathers(self._clock())
 
     def _on_late(self, worker: int, message: pb.LateContribution, *_: object) -> None:
-        self._rounds.late(worker, message.run, self._clock())
+        self._delivery.send_closed(self._rounds.late(worker, message.run, self._clock()))
         self._close_gathers(self._clock())
 
     def _on_run_finished(self, worker: int, message: pb.RunFinished, *_: object) -> None:

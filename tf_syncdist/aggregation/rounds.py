@@ -245,11 +245,19 @@ class Rounds:
         closed = self._decide(key, run, state, now)
         return Receipt(Verdict.ADD, (closed,) if closed else (), closed.reason if closed else "")
 
-    def late(self, worker: int, run: int, now: float) -> None:
-        """Takes note that a worker has values which it does not send because they are late."""
+    def late(self, worker: int, run: int, now: float) -> tuple[Closed, ...]:
+        """Takes note that a worker has values which it does not send because they are late.
+
+        Returns:
+            The slices that this closes, because nothing more comes from the worker in this run.
+        """
         self._check_worker(worker)
         self._check_position(worker, run, "be late for")
         self._arrive(worker, run, now)
+        if run < self._over:
+            return ()
+        self._abstained.setdefault(run, set()).add(worker)
+        return self.tick(now)
 
     def finish(self, worker: int, run: int, exchanges: int, fate: Fate) -> Progress:
         """Takes note that a worker has done a run; the first one to do so makes it over.

@@ -69,6 +69,7 @@ _global_seed = _private("tensorflow.python.eager.context", "global_seed")
 # whether gradients are finite; the names of the methods that they hand to tf.distribute do.
 _UPDATE_STEP = _seam(keras.optimizers.Optimizer, "_distributed_tf_update_step")
 _CHECK_FINITE = _seam(keras.optimizers.LossScaleOptimizer, "check_finite")
+_APPLY_FINITE = _seam(keras.optimizers.LossScaleOptimizer, "_stateful_handle_finite_grads")
 
 # With one device these options lead to tf.data's own iterator. MultiDeviceIterator, the default,
 # crashes now and then when it is destroyed at the end of an epoch, and takes seconds to end.
@@ -237,9 +238,14 @@ class WorkerExtended(_MirroredExtended):
 
     def _call_for_each_replica(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         optimizer = getattr(fn, "__self__", None)
+        name = getattr(fn, "__name__", "")
+        scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
+        # With several devices there is no accumulation; it is refused further down.
+        alone = len(self.worker_devices) == 1
+        if alone and scales and name == _APPLY_FINITE and _accumulates(optimizer):
+            args = (_zero_unless_finite(optimizer, args[0]), *args[1:])
         result = self._call_replicas(fn, args, kwargs)
-        is_check = getattr(fn, "__name__", "") == _CHECK_FINITE
-        if is_check and isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        if scales and name == _CHECK_FINITE:
             # Keras asks the first replica only, and before gradients are reduced.
             finite = tf.reduce_all(self._container_strategy().experimental_local_results(result))
             return self._hooks.all_finite(optimizer, finite)
@@ -312,6 +318,27 @@ class WorkerExtended(_MirroredExtended):
             for i in range(len(devices))
         ]
         return _regroup([value_fn(c) for c in contexts], always_wrap=True)
+
+
+def _accumulates(optimizer: keras.optimizers.LossScaleOptimizer) -> bool:
+    return bool(getattr(optimizer.inner_optimizer, "gradient_accumulation_steps", None))
+
+
+def _zero_unless_finite(optimizer: keras.optimizers.LossScaleOptimizer, gradients: list) -> list:
+    """Returns gradients that a worker can add to its own although the others did not see them.
+
+    A round may have closed as finite without this worker, whose gradients are not.
+    """
+    finite = optimizer.check_finite(gradients)
+
+    def cleaned(gradient: Any) -> Any:
+        return tf.nest.map_structure(
+            lambda t: tf.where(finite, t, tf.zeros_like(t)) if t.dtype.is_floating else t,
+            gradient,
+            expand_composites=True,
+        )
+
+    return [g if g is None else cleaned(g) for g in gradients]
 
 
 def local_devices() -> list[str]:

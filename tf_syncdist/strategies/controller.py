@@ -127,6 +127,7 @@ class RunController:
         self._substitute = False
         self._late = False
         self._lost = False
+        self._withheld = False
         self._exchange = 0
         self._over = False
         self._void = False
@@ -146,7 +147,7 @@ class RunController:
             self._site = site
             self._session.begin_run(self.run)
             self._exchange = 0
-            self._substitute = self._late = self._lost = False
+            self._substitute = self._late = self._lost = self._withheld = False
             self.answer_state_requests()
             self._mode = self._decide(site)
             return self._mode
@@ -157,13 +158,20 @@ class RunController:
             number, self._exchange = self._exchange, self._exchange + 1
             way = self._plan(arrays)
             computes = self._mode is Mode.COMPUTE and not self._substitute
-            if computes:
+            if computes and not self._withheld:
                 if self._session.exchanges_of(self.run) is not None:
                     self._session.send_late(self.run)
                     self._late = True
                 else:
                     self._session.send(self.run, number, way, arrays)
             return self._receive(number, way, arrays, computes)
+
+    def withhold(self) -> None:
+        """Keeps back what this worker would give in later exchanges of the run."""
+        with _recorded(self):
+            if self._mode is Mode.COMPUTE and not self._substitute and not self._withheld:
+                self._withheld = self._late = True
+                self._session.send_late(self.run)
 
     def stored(self, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
         """Returns the stored result of the next exchange of a run that is replayed."""

@@ -220,6 +220,11 @@ class Runs(adapter.Hooks):
         return self.controller is not None and self.site is not None and not self.stays_local()
 
     def all_reduce(self, reduce_op: tf.distribute.ReduceOp, values: list) -> list:
+        return self._all_reduce(reduce_op, values, self._exchange_fn())
+
+    def _all_reduce(
+        self, reduce_op: tf.distribute.ReduceOp, values: list, exchange: Callable
+    ) -> list:
         site = self.site
         if site.is_probe:
             raise _TrainingFound
@@ -229,7 +234,7 @@ class Runs(adapter.Hooks):
         if site.replaying:
             results = self._emit(site, self._stored_fn(wire), [], wire)
         else:
-            results = self._emit(site, self._exchange_fn(), wire, wire)
+            results = self._emit(site, exchange, wire, wire)
         scale = self._replicas if reduce_op == tf.distribute.ReduceOp.MEAN else 1
         return [
             tf.cast(r if scale == 1 else r / tf.cast(scale, r.dtype), v.dtype)
@@ -240,7 +245,9 @@ class Runs(adapter.Hooks):
         if not self.leaves_worker():
             return finite
         not_finite = tf.cast([tf.logical_not(finite)], tf.int32)
-        (total,) = self.all_reduce(tf.distribute.ReduceOp.SUM, [not_finite])
+        (total,) = self._all_reduce(
+            tf.distribute.ReduceOp.SUM, [not_finite], self._exchange_of_flag_fn()
+        )
         # A replay has to go through the outer optimizer.
         self.site.scalers[id(optimizer.inner_optimizer)] = optimizer
         return tf.equal(total[0], 0)
@@ -298,6 +305,16 @@ class Runs(adapter.Hooks):
     def _exchange_fn(self) -> Callable:
         return lambda *arrays: self.controller.exchange([np.asarray(a) for a in arrays])
 
+    def _exchange_of_flag_fn(self) -> Callable:
+        def exchange(not_finite: np.ndarray) -> list[np.ndarray]:
+            (total,) = self.controller.exchange([np.asarray(not_finite)])
+            # The others go on with finite values; they do not know of these, which came too late.
+            if np.any(not_finite) and not np.any(total):
+                self.controller.withhold()
+            return [total]
+
+        return exchange
+
     def _stored_fn(self, likes: Sequence[tf.Tensor]) -> Callable:
         specs = [TensorSpec(v.dtype.name, tuple(v.shape.as_list())) for v in likes]
         return lambda: self.controller.stored(specs)
@@ -307,7 +324,8 @@ def _foreign_change(site: Site, before: dict[int, tuple[tf.Variable, np.ndarray]
     owned = {id(v) for _, variables in site.updates for v in variables}
     owned |= {id(v.value) for optimizer, _ in site.updates for v in optimizer.variables}
     for variable, value in before.values():
-        if id(variable) not in owned and not np.array_equal(value, variable.numpy()):
+        # Bits, because a variable that is not a number is not equal to itself.
+        if id(variable) not in owned and value.tobytes() != variable.numpy().tobytes():
             return f"it writes the variable {variable.name.split(':')[0]!r} besides"
     return ""
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -15,12 +13,20 @@ import tf_syncdist
 
 BATCH_SIZE = 24
 STEPS = 12
+WORKERS = 2
+WORDS = 7
 
 random = np.random.RandomState(3)
 x = random.randn(BATCH_SIZE * STEPS, 6).astype("float32")
 y = (x[:, :3] * x[:, 3:]).astype("float32")
+# Few different words, so that every batch has each of them several times, on every worker.
+words = random.randint(0, WORDS, (BATCH_SIZE * STEPS, 6))
 
 _OPTIMIZERS = keras.optimizers
+# They wrap other optimizers or none.
+_NO_OPTIMIZERS_OF_THEIR_OWN = ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
+_CLIPS = ("clipnorm", "global_clipnorm", "clipvalue")
+_BITES = {"clipnorm": 0.02, "global_clipnorm": 0.05, "clipvalue": 0.005}
 
 
 class Capped(keras.constraints.Constraint):
@@ -30,102 +36,175 @@ class Capped(keras.constraints.Constraint):
         return keras.ops.clip(w, -0.3, 0.3)
 
 
-def build(policy: str, pause: float, constrained: bool) -> keras.Model:
-    constraint = Capped() if constrained else None
+def build(case: dict[str, Any], pause: float) -> keras.Model:
+    constraint = Capped() if case.get("constrained") else None
     inputs = keras.Input((6,))
-    hidden = keras.layers.Dense(8, activation="tanh", dtype=policy, kernel_constraint=constraint)(
-        inputs
-    )
-    hidden = task.Pause(pause, dtype=policy)(hidden)
-    hidden = keras.layers.Dense(4, activation="tanh", dtype=policy)(hidden)
+    hidden = inputs
+    if case.get("words"):
+        hidden = keras.layers.Flatten()(keras.layers.Embedding(WORDS, 3)(inputs))
+    hidden = keras.layers.Dense(8, activation="tanh", kernel_constraint=constraint)(hidden)
+    hidden = task.Pause(pause)(hidden)
+    hidden = keras.layers.Dense(4, activation="tanh")(hidden)
     return keras.Model(inputs, keras.layers.Dense(3, dtype="float32")(hidden))
 
 
-def every_optimizer() -> dict[str, Callable[[], keras.optimizers.Optimizer]]:
+def every_optimizer() -> dict[str, dict[str, Any]]:
     """Returns one of each class that Keras exports."""
     found = {}
     for name in dir(_OPTIMIZERS):
         candidate = getattr(_OPTIMIZERS, name)
         if not isinstance(candidate, type) or not issubclass(candidate, _OPTIMIZERS.Optimizer):
             continue
-        if name in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer"):
-            continue
-        found[name.lower()] = functools.partial(candidate, 0.01)
-    found["lossscale"] = lambda: _OPTIMIZERS.LossScaleOptimizer(_OPTIMIZERS.SGD(0.1))
+        if name not in _NO_OPTIMIZERS_OF_THEIR_OWN:
+            found[f"class_{name}"] = {"optimizer": functools.partial(candidate, 0.01)}
     return found
 
 
-def cases() -> dict[str, dict[str, Any]]:
+def options() -> dict[str, dict[str, Any]]:
     """Returns what to train with, by name."""
-    found: dict[str, dict[str, Any]] = {
-        name: {"optimizer": make} for name, make in every_optimizer().items()
-    }
     sgd = functools.partial(_OPTIMIZERS.SGD, 0.1, momentum=0.9)
     adam = functools.partial(_OPTIMIZERS.Adam, 0.01)
-    found |= {
-        "accumulation": {"optimizer": lambda: sgd(gradient_accumulation_steps=4)},
-        "accumulation_adam": {"optimizer": lambda: adam(gradient_accumulation_steps=4)},
-        "ema": {"optimizer": lambda: adam(use_ema=True, ema_overwrite_frequency=3)},
-        "ema_until_the_end": {"optimizer": lambda: sgd(use_ema=True, ema_momentum=0.5)},
-        "clipnorm": {"optimizer": lambda: sgd(clipnorm=0.01)},
-        "global_clipnorm": {"optimizer": lambda: sgd(global_clipnorm=0.02)},
-        "clipvalue": {"optimizer": lambda: sgd(clipvalue=0.001)},
-        "weight_decay": {"optimizer": lambda: sgd(weight_decay=0.05)},
-        "constraint": {"optimizer": adam, "constrained": True},
-        "schedule": {
-            "optimizer": lambda: _OPTIMIZERS.SGD(
-                _OPTIMIZERS.schedules.ExponentialDecay(0.1, 4, 0.5), momentum=0.9
-            )
+    schedule = _OPTIMIZERS.schedules.ExponentialDecay(0.1, 4, 0.5)
+    scaled = {"initial_scale": 2.0**10, "dynamic_growth_steps": 5}
+    accumulates = {"gradient_accumulation_steps": 4}
+    found: dict[str, dict[str, Any]] = {
+        "accumulation_sgd": {"optimizer": lambda: sgd(**accumulates)},
+        "accumulation_adam": {"optimizer": lambda: adam(**accumulates)},
+        "accumulation_scaled_sgd": {
+            "optimizer": lambda: _OPTIMIZERS.LossScaleOptimizer(sgd(**accumulates), **scaled)
         },
-        "float16": {"optimizer": sgd, "policy": "mixed_float16"},
+        "ema_adam": {"optimizer": lambda: adam(use_ema=True, ema_overwrite_frequency=3)},
+        "ema_until_the_end_sgd": {"optimizer": lambda: sgd(use_ema=True, ema_momentum=0.5)},
+        "weight_decay_sgd": {"optimizer": lambda: sgd(weight_decay=0.05)},
+        "constraint_adam": {"optimizer": adam, "constrained": True},
+        "schedule_sgd": {"optimizer": lambda: _OPTIMIZERS.SGD(schedule, momentum=0.9)},
+        "scaled_sgd": {"optimizer": lambda: _OPTIMIZERS.LossScaleOptimizer(sgd(), **scaled)},
+        "float16_sgd": {
+            "optimizer": lambda: _OPTIMIZERS.LossScaleOptimizer(sgd(), **scaled),
+            "policy": "mixed_float16",
+        },
+        # Keras wraps it itself.
         "float16_adam": {"optimizer": adam, "policy": "mixed_float16"},
-        "bfloat16": {"optimizer": adam, "policy": "mixed_bfloat16"},
-        "eager": {"optimizer": adam, "eager": True},
-        "eager_accumulation": {
-            "optimizer": lambda: sgd(gradient_accumulation_steps=4),
+        "bfloat16_sgd": {"optimizer": sgd, "policy": "mixed_bfloat16"},
+        "bfloat16_adam": {"optimizer": adam, "policy": "mixed_bfloat16"},
+        "eager_adam": {"optimizer": adam, "eager": True},
+        "eager_accumulation_sgd": {"optimizer": lambda: sgd(**accumulates), "eager": True},
+        "eager_float16_sgd": {
+            "optimizer": lambda: _OPTIMIZERS.LossScaleOptimizer(sgd(), **scaled),
+            "policy": "mixed_float16",
             "eager": True,
         },
-        "eager_float16": {"optimizer": sgd, "policy": "mixed_float16", "eager": True},
+        "embedding_sgd": {"optimizer": sgd, "words": True},
+        "embedding_adam": {"optimizer": adam, "words": True, "dense": True},
+        "embedding_eager_adam": {
+            "optimizer": adam,
+            "words": True,
+            "dense": True,
+            "eager": True,
+        },
+        "embedding_accumulation_sgd": {"optimizer": lambda: sgd(**accumulates), "words": True},
     }
+    for clip in _CLIPS:
+        found[f"{clip}_idle_sgd"] = {"optimizer": functools.partial(sgd, **{clip: 1e3})}
+        found[f"{clip}_bites_sgd"] = {
+            "optimizer": functools.partial(sgd, **{clip: _BITES[clip]}),
+            "clips": (clip, _BITES[clip]),
+        }
     return found
+
+
+def make_dense(optimizer: keras.optimizers.Optimizer) -> None:
+    """Adds up the gradients of a word that is there several times, as an exchange does.
+
+    Keras' Adam adds up the squares of them instead, unlike for a gradient that is dense.
+    """
+    apply = optimizer.apply
+
+    def apply_dense(grads: list, trainable_variables: list | None = None) -> None:
+        apply([tf.convert_to_tensor(g) for g in grads], trainable_variables)
+
+    optimizer.apply = apply_dense
+
+
+def clipped_by_hand(case: dict[str, Any], model: keras.Model) -> None:
+    """Trains as workers do: each one clips the gradients of its own piece of a batch."""
+    kind, limit = case["clips"]
+    optimizer = _OPTIMIZERS.SGD(0.1, momentum=0.9)
+    weights = model.trainable_variables
+    for step in range(STEPS):
+        batch = slice(step * BATCH_SIZE, (step + 1) * BATCH_SIZE)
+        total = [0.0] * len(weights)
+        pieces = zip(np.split(x[batch], WORKERS), np.split(y[batch], WORKERS), strict=True)
+        for piece_x, piece_y in pieces:
+            with tf.GradientTape() as tape:
+                error = tf.reduce_mean(tf.square(model(piece_x, training=True) - piece_y))
+                loss = error / WORKERS
+            gradients = tape.gradient(loss, [w.value for w in weights])
+            if kind == "global_clipnorm":
+                gradients, _ = tf.clip_by_global_norm(gradients, limit)
+            elif kind == "clipnorm":
+                gradients = [tf.clip_by_norm(g, limit) for g in gradients]
+            else:
+                gradients = [tf.clip_by_value(g, -limit, limit) for g in gradients]
+            total = [t + g for t, g in zip(total, gradients, strict=True)]
+        optimizer.apply(total, weights)
+
+
+def train(
+    number: int, case: dict[str, Any], strategy: Any, pause: float, by_hand: bool
+) -> dict[str, Any]:
+    keras.utils.set_random_seed(number)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        keras.config.set_dtype_policy(case.get("policy", "float32"))
+        model = build(case, pause)
+        keras.config.set_dtype_policy("float32")
+        model.compile(case["optimizer"](), "mse", run_eagerly=case.get("eager", False))
+    if not strategy:
+        # Where Keras 3.15 does it itself, outside of a strategy, what an optimizer starts with is
+        # lost, such as that of ScheduleFreeAdamW.
+        model.optimizer.build(model.trainable_variables)
+        if case.get("dense"):
+            make_dense(model.optimizer)
+    given = (words if case.get("words") else x, y)
+    before = strategy.local_report() if strategy else None
+    if by_hand:
+        clipped_by_hand(case, model)
+        return {"weights": [w.tolist() for w in model.get_weights()]}
+    model.fit(*given, batch_size=BATCH_SIZE, epochs=1, shuffle=False, verbose=0)
+    state = model.optimizer.variables
+    common = [v for v in state if "gradient_accumulator" not in v.path]
+    result = {
+        "weights": [w.tolist() for w in model.get_weights()],
+        "finite": all(bool(np.all(np.isfinite(w))) for w in model.get_weights()),
+        "iterations": int(model.optimizer.iterations.numpy()),
+        "scaled": isinstance(model.optimizer, _OPTIMIZERS.LossScaleOptimizer),
+        "weights_sha256": tf_syncdist.variables_sha256(model.trainable_variables),
+        "optimizer_sha256": tf_syncdist.variables_sha256(common),
+    }
+    if strategy:
+        after = strategy.local_report()
+        for name in ("rounds", "contributed", "late", "replayed"):
+            result[name] = getattr(after, name) - getattr(before, name)
+    return result
 
 
 def main() -> None:
-    plain = task.ARGUMENTS["plain"]
-    backup = task.ARGUMENTS.get("backup_workers", 0)
+    arguments = task.ARGUMENTS
     strategy = None
-    if not plain:
-        strategy = tf_syncdist.SyncReplicasStrategy(backup_workers=backup, **task.PATIENCE)
-    worker = 0 if plain else strategy.worker_index
-    pause = task.ARGUMENTS.get("pause_seconds", 0.0) if worker == 2 else 0.0
+    if not arguments["plain"]:
+        strategy = tf_syncdist.SyncReplicasStrategy(
+            backup_workers=arguments["backup_workers"], **task.PATIENCE
+        )
+    worker = strategy.worker_index if strategy else 0
+    pause = arguments.get("pause_seconds", 0.0) if worker == 1 else 0.0
+    cases = every_optimizer() if arguments["cases"] == "classes" else options()
     results = {}
-    for number, (name, case) in enumerate(cases().items()):
-        if task.ARGUMENTS.get("only") not in (None, name):
-            continue
-        keras.utils.set_random_seed(number)
-        policy = case.get("policy", "float32")
-        with contextlib.nullcontext() if plain else strategy.scope():
-            model = build(policy, pause, case.get("constrained", False))
-            optimizer = case["optimizer"]()
-            if policy == "mixed_float16":
-                optimizer = keras.optimizers.LossScaleOptimizer(optimizer, dynamic_growth_steps=5)
-            model.compile(optimizer, "mse", run_eagerly=case.get("eager", False))
-        before = strategy.local_report() if strategy else None
-        history = model.fit(x, y, batch_size=BATCH_SIZE, epochs=1, shuffle=False, verbose=0)
-        optimizer_state = [
-            v for v in model.optimizer.variables if "gradient_accumulator" not in v.path
-        ]
-        results[name] = {
-            "loss": history.history["loss"][-1],
-            "weights": [w.tolist() for w in model.get_weights()] if worker == 0 else None,
-            "finite": all(math.isfinite(float(np.sum(w))) for w in model.get_weights()),
-            "weights_sha256": tf_syncdist.variables_sha256(model.trainable_variables),
-            "optimizer_sha256": tf_syncdist.variables_sha256(optimizer_state),
-        }
+    for number, (name, case) in enumerate(cases.items()):
+        by_hand = arguments["plain"] and "clips" in case
+        results[name] = train(number, case, strategy, pause, by_hand)
+        # A slow worker's first run of a model is a part of the test, not its start.
         if strategy:
-            after = strategy.local_report()
-            results[name]["replayed"] = after.replayed - before.replayed
-            results[name]["rounds"] = after.rounds - before.rounds
+            task.meet(strategy, f"after_{name}")
     task.write(worker, results)
 
 

@@ -1,0 +1,160 @@
+"""State that training writes without an optimizer: statistics, and those of random generators."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from .harness import JobResult, run_job
+
+pytestmark = pytest.mark.timeout(400)
+
+EPOCHS = 3
+STEPS = 5
+AVERAGED = ["batch_norm", "eager_batch_norm", "own_layer"]
+NOISES = [
+    "dropout",
+    "seeded_dropout",
+    "keras_generator",
+    "tf_generator",
+    "tf_dropout",
+    "tf_random",
+    "tf_random_seeded",
+    "eager_dropout",
+]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    arguments = {"plain": True, "backup_workers": 0}
+    directory = tmp_path_factory.mktemp("plain")
+    return run_job("local_state.py", directory, workers=0, arguments=arguments).results[0]
+
+
+@pytest.fixture(scope="module")
+def all_needed(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
+    return _run(tmp_path_factory.mktemp("all_needed"), workers=2, backup_workers=0)
+
+
+@pytest.fixture(scope="module")
+def one_slow(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
+    return _run(tmp_path_factory.mktemp("one_slow"), workers=3, backup_workers=1)
+
+
+@pytest.mark.parametrize("case", AVERAGED)
+def test_statistics_are_averaged_after_each_epoch(case: str, all_needed: JobResult) -> None:
+    assert all_needed.common(case, "computed") == [STEPS] * EPOCHS
+    _check_averages(case, all_needed, averaged=(0, 1))
+
+
+@pytest.mark.parametrize("case", AVERAGED)
+def test_averages_weigh_the_runs_that_a_worker_has_computed(case: str, one_slow: JobResult) -> None:
+    # Worker 1's statistics come last, and are left out.
+    _check_averages(case, one_slow, averaged=(0, 2))
+
+
+@pytest.mark.parametrize("case", ["batch_norm", "eager_batch_norm"])
+def test_a_slow_worker_computes_fewer_runs(case: str, one_slow: JobResult) -> None:
+    fast, _, slow = (sum(c) for c in one_slow.each(case, "computed"))
+    assert 0 < slow < fast
+
+
+def test_who_has_state_of_its_own_computes_every_run(one_slow: JobResult) -> None:
+    # Nothing but its own inputs tells a layer's state, so runs that are over are executed as well.
+    assert one_slow.each("own_layer", "computed") == [[STEPS] * EPOCHS] * 3
+    notices = [
+        line
+        for line in one_slow.logs["worker 2"].splitlines()
+        if "executes the whole training function" in line
+    ]
+    assert len(notices) == 1
+    assert "largest_input" in notices[0]
+
+
+@pytest.mark.parametrize("case", AVERAGED)
+def test_averages_follow_the_data(case: str, all_needed: JobResult) -> None:
+    start = all_needed.common(case, "start")
+    (*_, last) = all_needed.common(case, "after")
+    for before, after in zip(start, last, strict=True):
+        assert np.all(np.abs(np.subtract(after, before)) > 1e-3)
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_random_numbers_differ_between_workers_and_runs(kind: str, all_needed: JobResult) -> None:
+    all_needed.common("noise", kind, "weights_sha256")
+    # Before and after the weights of worker 0, seeds among them, were loaded.
+    for part in ("first", "second"):
+        seen = all_needed.each("noise", kind, part)
+        assert [len(runs) for runs in seen] == [STEPS] * 2
+        every = [run for runs in seen for run in runs]
+        assert all(a != b for a, b in itertools.combinations(every, 2))
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_initial_weights_are_those_of_one_process(
+    kind: str, all_needed: JobResult, plain: dict[str, Any]
+) -> None:
+    assert all_needed.common("noise", kind, "initial") == plain["noise"][kind]["initial"]
+
+
+# TensorFlow's generators have a stream for each replica of a strategy, also with one replica.
+@pytest.mark.parametrize("kind", [n for n in NOISES if n != "tf_generator"])
+def test_worker_0_has_the_random_numbers_of_one_process(
+    kind: str, all_needed: JobResult, plain: dict[str, Any]
+) -> None:
+    assert all_needed.results[0]["noise"][kind]["first"] == plain["noise"][kind]["first"]
+
+
+def test_synchronized_statistics_are_those_of_whole_batches(
+    all_needed: JobResult, plain: dict[str, Any]
+) -> None:
+    expected = plain["synchronized"]
+    all_needed.common("synchronized", "variables_sha256")
+    # Sums of two halves differ from the sum of a whole in the last bits of a float32.
+    for received in all_needed.each("synchronized", "weights"):
+        for a, b in zip(received, expected["weights"], strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    history = all_needed.common("synchronized", "history")
+    np.testing.assert_allclose(history["loss"], expected["history"]["loss"], rtol=1e-5)
+
+
+def test_synchronized_statistics_need_all_workers(one_slow: JobResult) -> None:
+    error = one_slow.common("synchronized_error")
+    assert error.startswith("Expected no exchange between workers inside of what is differentiated")
+    assert "Received: for instance BatchNormalization(synchronized=True)" in error
+    assert "Leave `synchronized` out, or use backup_workers=0." in error
+
+
+def test_a_model_that_is_refused_leaves_the_strategy_as_it_was(one_slow: JobResult) -> None:
+    one_slow.common("afterwards", "variables_sha256")
+    assert np.all(np.isfinite(one_slow.common("afterwards", "history")["loss"]))
+
+
+def _check_averages(case: str, job: JobResult, averaged: tuple[int, ...]) -> None:
+    job.common(case, "weights_sha256")
+    names = job.common(case, "statistics")
+    after = job.common(case, "after")
+    workers = [job.results[w][case] for w in averaged]
+    for epoch in range(EPOCHS):
+        weights = [w["computed"][epoch] for w in workers]
+        for number, name in enumerate(names):
+            values = [w["before"][epoch][number] for w in workers]
+            # Averages are made in float64, and kept in float32.
+            np.testing.assert_allclose(
+                after[epoch][number],
+                np.average(values, axis=0, weights=weights),
+                rtol=1e-6,
+                err_msg=f"{name} after epoch {epoch}",
+            )
+            assert not np.allclose(values[0], values[1], rtol=1e-3)
+
+
+def _run(directory: Path, workers: int, backup_workers: int) -> JobResult:
+    arguments = {
+        "plain": False,
+        "backup_workers": backup_workers,
+        "pause_seconds": 0.3 if backup_workers else 0.0,
+    }
+    return run_job("local_state.py", directory, workers=workers, arguments=arguments, seconds=250.0)

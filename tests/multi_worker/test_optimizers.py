@@ -1,0 +1,183 @@
+"""Every optimizer of Keras, and every option of optimizers, with and without a slow worker."""
+
+import inspect
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+
+from .harness import JobResult, run_job
+
+pytestmark = pytest.mark.timeout(560)
+
+STEPS = 12
+ROUNDS_WHERE_ACCUMULATED = 3
+
+# Sums of two halves differ from the sum of a whole in the last bit of a float32. Adaptive
+# optimizers divide small gradients by their own size, so that they end a few bits further apart.
+SGD_LIKE = 1e-6
+ADAPTIVE = 2e-5
+# Gradients of float16 have 11 bits, those of bfloat16 have 8, and each half is rounded on its own.
+# Adam divides by the size of gradients, and so makes steps of the size of its learning rate, 0.01,
+# out of gradients that are nearly zero.
+TOLERANCES = {
+    "float16_sgd": 2e-3,
+    "eager_float16_sgd": 2e-3,
+    "float16_adam": 2e-2,
+    "bfloat16_sgd": 2e-2,
+    "bfloat16_adam": 4e-2,
+}
+
+CLASSES = [
+    f"class_{name}"
+    for name, value in vars(keras.optimizers).items()
+    if inspect.isclass(value)
+    and issubclass(value, keras.optimizers.Optimizer)
+    and name not in ("Optimizer", "LossScaleOptimizer", "MultiOptimizer")
+]
+OPTIONS = [
+    "accumulation_sgd",
+    "accumulation_adam",
+    "accumulation_scaled_sgd",
+    "ema_adam",
+    "ema_until_the_end_sgd",
+    "weight_decay_sgd",
+    "constraint_adam",
+    "schedule_sgd",
+    "scaled_sgd",
+    "float16_sgd",
+    "float16_adam",
+    "bfloat16_sgd",
+    "bfloat16_adam",
+    "eager_adam",
+    "eager_accumulation_sgd",
+    "eager_float16_sgd",
+    "embedding_sgd",
+    "embedding_adam",
+    "embedding_eager_adam",
+    "embedding_accumulation_sgd",
+    "clipnorm_idle_sgd",
+    "clipnorm_bites_sgd",
+    "global_clipnorm_idle_sgd",
+    "global_clipnorm_bites_sgd",
+    "clipvalue_idle_sgd",
+    "clipvalue_bites_sgd",
+]
+ALL = [*CLASSES, *OPTIONS]
+NOT_YET = "because its optimizer has not updated anything so far"
+CLIPS = ("clipnorm", "global_clipnorm", "clipvalue")
+
+
+class Jobs:
+    """Jobs of this module by what they were given, each of them run once."""
+
+    def __init__(self, tmp_path_factory: pytest.TempPathFactory) -> None:
+        self._tmp_path_factory = tmp_path_factory
+        self._done: dict[tuple, JobResult] = {}
+
+    def run(self, cases: str, workers: int, backup_workers: int) -> JobResult:
+        key = (cases, workers, backup_workers)
+        if key not in self._done:
+            arguments = {
+                "cases": cases,
+                "plain": not workers,
+                "backup_workers": backup_workers,
+                "pause_seconds": 0.1 if backup_workers else 0.0,
+            }
+            self._done[key] = run_job(
+                "optimizers.py",
+                self._tmp_path_factory.mktemp(f"{cases}_{workers}_{backup_workers}"),
+                workers=workers,
+                arguments=arguments,
+                seconds=400.0,
+            )
+        return self._done[key]
+
+    def plain(self, case: str) -> dict[str, Any]:
+        return self.run(_part(case), 0, 0).results[0][case]
+
+    def all_needed(self, case: str) -> JobResult:
+        return self.run(_part(case), 2, 0)
+
+    def one_slow(self, case: str) -> JobResult:
+        return self.run(_part(case), 2, 1)
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    return Jobs(tmp_path_factory)
+
+
+def test_every_case_of_the_program_is_tested(jobs: Jobs) -> None:
+    assert list(jobs.run("options", 0, 0).results[0]) == OPTIONS
+    assert set(jobs.run("classes", 0, 0).results[0]) == set(CLASSES)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_two_workers_end_as_one_process(case: str, jobs: Jobs) -> None:
+    # Where gradients are clipped, one process does by hand what workers do: it clips the gradients
+    # of each one's piece, and then adds them.
+    expected = jobs.plain(case)["weights"]
+    job = jobs.all_needed(case)
+    for received in job.each(case, "weights"):
+        assert _difference(received, expected) <= _tolerance(case)
+    _check_alike(case, job)
+
+
+@pytest.mark.parametrize("case", ALL)
+def test_a_slow_worker_replays_and_ends_with_the_same_bits(case: str, jobs: Jobs) -> None:
+    job = jobs.one_slow(case)
+    _check_alike(case, job)
+    slow = job.results[1][case]
+    assert slow["replayed"] > 0
+    assert slow["contributed"] + slow["late"] + slow["replayed"] == slow["rounds"]
+
+
+@pytest.mark.parametrize("part", ["classes", "options"])
+def test_no_optimizer_of_keras_needs_the_whole_function(part: str, jobs: Jobs) -> None:
+    for backup_workers in (0, 1):
+        for task, log in jobs.run(part, 2, backup_workers).logs.items():
+            said = [line for line in log.splitlines() if line.startswith("tf_syncdist: worker")]
+            # Without a graph, an optimizer that accumulates is known by its first update only.
+            assert [line for line in said if not line.endswith(NOT_YET)] == [], task
+            assert len(said) <= (1 if part == "options" and backup_workers else 0), task
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+def test_clipping_that_does_not_bite_changes_nothing(clip: str, jobs: Jobs) -> None:
+    idle = jobs.plain(f"{clip}_idle_sgd")["weights"]
+    assert _difference(jobs.plain(f"{clip}_bites_sgd")["weights"], idle) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "case", ["accumulation_scaled_sgd", "scaled_sgd", "float16_sgd", "float16_adam"]
+)
+def test_losses_are_scaled(case: str, jobs: Jobs) -> None:
+    assert jobs.plain(case)["scaled"]
+    assert jobs.all_needed(case).common(case, "scaled")
+
+
+def _check_alike(case: str, job: JobResult) -> None:
+    job.common(case, "weights_sha256")
+    job.common(case, "optimizer_sha256")
+    assert job.common(case, "finite")
+    # Where a loss is scaled, every run has an exchange that tells whether gradients are finite.
+    accumulated = "accumulation" in case
+    assert job.common(case, "iterations") == (ROUNDS_WHERE_ACCUMULATED if accumulated else STEPS)
+    scaled = job.common(case, "scaled")
+    rounds = ROUNDS_WHERE_ACCUMULATED if accumulated and not scaled else STEPS
+    assert job.common(case, "rounds") == rounds
+
+
+def _part(case: str) -> str:
+    return "classes" if case in CLASSES else "options"
+
+
+def _tolerance(case: str) -> float:
+    return TOLERANCES.get(case, SGD_LIKE if case.lower().endswith("sgd") else ADAPTIVE)
+
+
+def _difference(received: list, expected: list) -> float:
+    pairs = zip(received, expected, strict=True)
+    return max(float(np.max(np.abs(np.subtract(a, b)), initial=0)) for a, b in pairs)
