@@ -292,11 +292,11 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             return super().experimental_distribute_dataset(dataset, options)
         share = (self._aggregate, self.worker_index, self.num_workers)
         continued = call is not None and call.batch_size is not None
+        cardinality = int(dataset.cardinality())
         if continued:
             dataset = inputs.divide_arrays(dataset, *share)
             ends = False
         else:
-            cardinality = int(dataset.cardinality())
             own = inputs.is_sharded_by_user(dataset)
             dataset = inputs.divide(dataset, *share)
             ends = cardinality == tf.data.UNKNOWN_CARDINALITY
@@ -306,6 +306,9 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
                 dataset = dataset.take(cardinality) if call is None else dataset
                 continued = call is not None
         dataset = self._watch(dataset, ends, call is not None)
+        if cardinality >= 0 and not continued:
+            # A worker that was behind has not read all, but a replayed run counts as a batch.
+            dataset = dataset.take(cardinality)
         dataset = inputs.split(dataset, len(self.extended.worker_devices))
         return inputs.WorkerDataset(dataset, continued)
 
