@@ -57,6 +57,7 @@ _MirroredExtended = _private("tensorflow.python.distribute.mirrored_strategy", "
 
 # PerReplica values cannot be made in a public way.
 _regroup = _private("tensorflow.python.distribute.distribute_utils", "regroup")
+_select_replica = _private("tensorflow.python.distribute.distribute_utils", "select_replica")
 
 # How variables tell what they are; tf.VariableSynchronization is public, the classes are not.
 _SyncOnReadVariable = _private("tensorflow.python.distribute.values", "SyncOnReadVariable")
@@ -249,7 +250,7 @@ class WorkerExtended(_MirroredExtended):
         if len(self.worker_devices) == 1:
             with WorkerReplicaContext(strategy, self._first_replica_id, self._hooks):
                 with tf.device(self.worker_devices[0]):
-                    return fn(*args, **kwargs)
+                    return fn(*_select_replica(0, args), **_select_replica(0, kwargs))
         if is_tf_function(fn):
             return self._lifted(fn)(*args, **kwargs)
 
