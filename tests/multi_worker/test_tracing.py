@@ -9,7 +9,7 @@ from .harness import JobResult, run_job
 pytestmark = pytest.mark.timeout(280)
 
 STEPS = 5
-# For each case, after how many steps nothing is traced any more: a smaller last batch is traced too.
+# After how many steps nothing is traced any more; a smaller last batch is traced too.
 CASES = {
     "fit_arrays": 1,
     "fit_dataset": 1,
