@@ -1,7 +1,6 @@
 """Trains with several exchanges in a run, and with more than a Keras optimizer's update in it."""
 
 import contextlib
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -361,7 +360,7 @@ def main() -> None:
     results = {}
     for name, make, form in every():
         print(f"== {name}", flush=True)
-        keras.utils.set_random_seed(zlib.crc32(name.encode()))
+        keras.utils.set_random_seed(1)  # Cases are compared with each other too.
         with contextlib.nullcontext() if PLAIN else strategy.scope():
             case = make()
             case.compile()
