@@ -112,6 +112,7 @@ class RunController:
     ) -> None:
         self.run = 0
         self.error: BaseException | None = None
+        self.is_running = False
         self._session = session
         self._store = store
         self._slice_bytes = slice_bytes
@@ -150,6 +151,7 @@ class RunController:
             self._substitute = self._late = self._lost = self._withheld = False
             self.answer_state_requests()
             self._mode = self._decide(site)
+            self.is_running = True
             return self._mode
 
     def exchange(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -183,6 +185,7 @@ class RunController:
     def finish(self, site: RunSite, outputs: Sequence[np.ndarray] | None) -> None:
         """Ends a run. `outputs` are kept for later replays of the site."""
         with _recorded(self):
+            self.is_running = False
             if self._void:
                 return
             if self._lost:

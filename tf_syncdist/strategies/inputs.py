@@ -139,30 +139,32 @@ class WorkerDataset(tf.distribute.DistributedDataset):
 
     Args:
         dataset: The worker's share; with several devices its batches are PerReplica values.
-        continued: Whether the dataset has no end, and each epoch goes on where the last one ended.
+        each: How many batches an iteration has, of a dataset without end; each goes on where the
+            last one ended. `None` if every iteration is a new one.
         on_iter: Called where an iteration begins.
     """
 
     def __init__(
-        self, dataset: tf.data.Dataset, continued: bool, on_iter: Callable[[], None]
+        self, dataset: tf.data.Dataset, each: int | None, on_iter: Callable[[], None]
     ) -> None:
         self._dataset = dataset
-        self._continued = continued
+        self._each = each
         self._on_iter = on_iter
         self._built = False
-        self._iterator: Any = None
+        self._part: tf.data.Dataset | None = None
 
     def __iter__(self) -> Any:
         self._on_iter()
-        if not self._continued:
+        if self._each is None:
             return iter(self._dataset)
         if not self._built:
             # Keras looks at a first batch to build the model; training starts with it again.
             self._built = True
             return iter(self._dataset)
-        if self._iterator is None:
-            self._iterator = iter(self._dataset)
-        return self._iterator
+        if self._part is None:
+            whole = iter(self._dataset)
+            self._part = tf.data.Dataset.range(self._each).map(lambda _: whole.get_next())
+        return iter(self._part)
 
     @property
     def element_spec(self) -> Any:

@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,12 +30,16 @@ class KerasCall:
         method: Its name.
         model: The model.
         batch_size: What the user passed, or Keras' default; `None` if the input is batched.
+        examples: How many examples the input has, without those kept for validation.
     """
 
-    def __init__(self, method: str, model: keras.Model, batch_size: int | None) -> None:
+    def __init__(
+        self, method: str, model: keras.Model, batch_size: int | None, examples: int
+    ) -> None:
         self.method = method
         self.model = model
         self.batch_size = batch_size
+        self.batches = -(-examples // (batch_size or 1))
         self.has_input = False
 
     @property
@@ -134,7 +139,12 @@ def calling(
         arguments["verbose"] = 0
     arrays = progress and _is_arrays(arguments.get("x"))
     batch_size = (arguments.get("batch_size") or 32) if arrays else None
-    token = _current.set(KerasCall(method, model, batch_size))
+    examples = 0
+    if arrays:
+        share = 1.0 - (arguments.get("validation_split") or 0.0)
+        kept = share if arguments.get("validation_data") is None else 1.0
+        examples = math.floor(len(tf.nest.flatten(arguments["x"])[0]) * kept)
+    token = _current.set(KerasCall(method, model, batch_size, examples))
     try:
         yield _current.get()
     finally:

@@ -113,6 +113,7 @@ class Runs(adapter.Hooks):
         self._needs_all = needs_all
         self.registry = registry
         self._current = threading.local()
+        self._outside = False
         self._eager_sites: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         with tf.init_scope():
             # Orders the runs of a graph: every run reads it first and writes it last.
@@ -201,11 +202,22 @@ class Runs(adapter.Hooks):
 
     def _try_eagerly(self, given: Callable, fn: Callable[[], Any]) -> Any:
         probe = Site(is_probe=True)
+        self._outside = False
+        copies = [c for v in self.registry.alive() for c in adapter.components(v)]
+        before = [(c, c.read_value()) for c in copies]
         try:
             with self.at(probe):
                 return fn()
         except _TrainingFound:
-            return self.run_eagerly(given, fn, False, found=True)
+            pass
+        except tf.errors.OpError:
+            # The exchange is in a tf.function that was traced in another run.
+            if not self._outside:
+                raise
+        # The function begins anew, as part of a run.
+        for variable, value in before:
+            variable.assign(value)
+        return self.run_eagerly(given, fn, False, found=True)
 
     def _foreign(self) -> dict[int, tuple[tf.Variable, np.ndarray]]:
         return {id(v): (v, v.numpy()) for v in self.registry.alive() if not is_local(v)}
@@ -303,7 +315,17 @@ class Runs(adapter.Hooks):
         return results
 
     def _exchange_fn(self) -> Callable:
-        return lambda *arrays: self.controller.exchange([np.asarray(a) for a in arrays])
+        def exchange(*arrays: Any) -> list[np.ndarray]:
+            if not self.controller.is_running:
+                self._outside = True
+                raise RuntimeError(
+                    "Expected exchanges within `strategy.run` only. Received: an exchange outside "
+                    "of it, in a tf.function that was traced within. Call that function in the "
+                    "one that is given to strategy.run."
+                )
+            return self.controller.exchange([np.asarray(a) for a in arrays])
+
+        return exchange
 
     def _exchange_of_flag_fn(self) -> Callable:
         def exchange(not_finite: np.ndarray) -> list[np.ndarray]:

@@ -294,22 +294,25 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             return super().experimental_distribute_dataset(dataset, options)
         share = (self._aggregate, self.worker_index, self.num_workers)
         continued = call is not None and call.batch_size is not None
-        own = inputs.is_sharded_by_user(dataset)
         if continued:
             dataset = inputs.divide_arrays(dataset, *share)
-            ends = False
+            own, ends, batches = False, False, call.batches
         else:
-            cardinality = int(dataset.cardinality())
+            batches = int(dataset.cardinality())
+            own = inputs.is_sharded_by_user(dataset)
             dataset = inputs.divide(dataset, *share)
-            ends = cardinality == tf.data.UNKNOWN_CARDINALITY
-            if own and cardinality >= 0:
+            ends = batches == tf.data.UNKNOWN_CARDINALITY
+            if own and batches >= 0:
                 # Shares may differ in length, but an epoch has the announced number of batches.
                 dataset = dataset.repeat()
-                dataset = dataset.take(cardinality) if call is None else dataset
                 continued = call is not None
         dataset = self._watch(dataset, ends, not own, call is not None)
+        if batches >= 0 and not continued:
+            # A worker that was behind has not read all, but a replayed run counts as a batch.
+            dataset = dataset.take(batches)
         dataset = inputs.split(dataset, len(self.extended.worker_devices))
-        return inputs.WorkerDataset(dataset, continued, self._controller.begin_input)
+        each = batches if continued else None
+        return inputs.WorkerDataset(dataset, each, self._controller.begin_input)
 
     def _watch(
         self, dataset: tf.data.Dataset, ends: bool, alike: bool, fits: bool
@@ -347,7 +350,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         ends = int(dataset.cardinality()) != tf.data.INFINITE_CARDINALITY
         dataset = inputs.group(dataset, len(self.extended.worker_devices))
         dataset = self._watch(dataset, ends, alike=False, fits=False)
-        return inputs.WorkerDataset(dataset, False, self._controller.begin_input)
+        return inputs.WorkerDataset(dataset, None, self._controller.begin_input)
 
     # Values.
 

@@ -1,5 +1,6 @@
 """Variables of a strategy: which there are, what they hold, and fingerprints of them."""
 
+import gc
 import hashlib
 import weakref
 from collections.abc import Iterable, Sequence
@@ -90,9 +91,11 @@ class VariableRegistry:
 
     def __init__(self) -> None:
         self._containers: dict[int, weakref.ref] = {}
+        self._has_new = False
 
     def add(self, variable: tf.Variable) -> None:
         """Takes note of a distributed variable."""
+        self._has_new = True
         for component in adapter.components(variable):
             # An identity may come back after its object is gone; order is that of creation.
             self._containers.pop(id(component), None)
@@ -123,6 +126,11 @@ class VariableRegistry:
             worker that runs the same program.
         """
         if captured is None:
+            if self._has_new:
+                # Variables of a model that is gone live until Python finds them, on each worker
+                # for another time.
+                gc.collect()
+                self._has_new = False
             return self.alive()
         ids = {id(v) for v in captured}
         return [v for v in self.alive() if any(id(c) in ids for c in adapter.components(v))]
