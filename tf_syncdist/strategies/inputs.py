@@ -140,24 +140,39 @@ class WorkerDataset(tf.distribute.DistributedDataset):
     Args:
         dataset: The worker's share; with several devices its batches are PerReplica values.
         continued: Whether the dataset has no end, and each epoch goes on where the last one ended.
+        is_built_from: Whether Keras looks at a first batch to build the model, before it trains.
+        epoch: After how many batches a continued dataset pauses, if Keras may ask for more.
     """
 
-    def __init__(self, dataset: tf.data.Dataset, continued: bool) -> None:
+    def __init__(
+        self,
+        dataset: tf.data.Dataset,
+        continued: bool,
+        is_built_from: bool = False,
+        epoch: int | None = None,
+    ) -> None:
         self._dataset = dataset
         self._continued = continued
-        self._built = False
+        self._builds = is_built_from
+        self._epoch = epoch
         self._iterator: Any = None
 
     def __iter__(self) -> Any:
-        if not self._continued:
+        if self._builds:
+            self._builds = False
+            if _tells_shapes(self._dataset.element_spec):
+                # Keras wants shapes and dtypes only. What a generator is made to yield here would
+                # be missing in training, and not the same on every worker.
+                return iter([self._dataset.element_spec])
             return iter(self._dataset)
-        if not self._built:
-            # Keras looks at a first batch to build the model; training starts with it again.
-            self._built = True
+        if not self._continued:
             return iter(self._dataset)
         if self._iterator is None:
             self._iterator = iter(self._dataset)
-        return self._iterator
+        if self._epoch is None:
+            return self._iterator
+        going_on = self._iterator
+        return iter(tf.data.Dataset.range(self._epoch).map(lambda _: going_on.get_next()))
 
     @property
     def element_spec(self) -> Any:
@@ -183,6 +198,11 @@ class WorkerDataset(tf.distribute.DistributedDataset):
             parallel_iterations=1,
         )
         return state
+
+
+def _tells_shapes(spec: Any) -> bool:
+    leaves = tf.nest.flatten(spec)
+    return all(getattr(getattr(s, "shape", None), "rank", None) is not None for s in leaves)
 
 
 def check_divisible(batch_size: int, pieces: int) -> None:

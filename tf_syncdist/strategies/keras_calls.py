@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import functools
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -29,12 +30,20 @@ class KerasCall:
         method: Its name.
         model: The model.
         batch_size: What the user passed, or Keras' default; `None` if the input is batched.
+        arguments: What it was called with, by name.
     """
 
-    def __init__(self, method: str, model: keras.Model, batch_size: int | None) -> None:
+    def __init__(
+        self,
+        method: str,
+        model: keras.Model,
+        batch_size: int | None,
+        arguments: dict[str, Any],
+    ) -> None:
         self.method = method
         self.model = model
         self.batch_size = batch_size
+        self._arguments = arguments
         self.has_input = False
 
     @property
@@ -47,6 +56,15 @@ class KerasCall:
         """Whether the model trains by Keras' own train_step."""
         own = type(self.model).train_step is keras.Model.train_step
         return self.trains and own and "train_step" not in vars(self.model)
+
+    def pauses_after(self) -> int | None:
+        """Returns the batches of an epoch of arrays, if Keras goes beyond unless its input ends."""
+        if self._arguments.get("steps_per_epoch"):
+            return None
+        examples = len(tf.nest.flatten(self._arguments["x"])[0])
+        examples = math.floor(examples * (1.0 - (self._arguments.get("validation_split") or 0.0)))
+        batches = -(-examples // self.batch_size)
+        return batches if batches % self.model.steps_per_execution else None
 
     def takes_training_input(self) -> bool:
         """Returns whether the input being distributed is that of training; true once per fit."""
@@ -134,7 +152,7 @@ def calling(
         arguments["verbose"] = 0
     arrays = progress and _is_arrays(arguments.get("x"))
     batch_size = (arguments.get("batch_size") or 32) if arrays else None
-    token = _current.set(KerasCall(method, model, batch_size))
+    token = _current.set(KerasCall(method, model, batch_size, arguments))
     try:
         yield _current.get()
     finally:
@@ -184,6 +202,8 @@ def fitting(
         yield
     finally:
         del _fits[model]
+        # A program may ask after the fit; all workers have stopped alike.
+        vars(model)["stop_training"] = stopping.stopped
 
 
 class _StopTraining:

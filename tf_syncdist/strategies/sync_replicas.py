@@ -292,7 +292,9 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             return super().experimental_distribute_dataset(dataset, options)
         share = (self._aggregate, self.worker_index, self.num_workers)
         continued = call is not None and call.batch_size is not None
+        epoch = None
         if continued:
+            epoch = call.pauses_after()
             dataset = inputs.divide_arrays(dataset, *share)
             ends = False
         else:
@@ -307,7 +309,8 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
                 continued = call is not None
         dataset = self._watch(dataset, ends, call is not None)
         dataset = inputs.split(dataset, len(self.extended.worker_devices))
-        return inputs.WorkerDataset(dataset, continued)
+        builds = call is not None and adapter.builds_from_input(call.model)
+        return inputs.WorkerDataset(dataset, continued, builds, epoch)
 
     def _watch(self, dataset: tf.data.Dataset, ends: bool, fits: bool) -> tf.data.Dataset:
         skips = fits and self._aggregate < self.num_workers
@@ -410,6 +413,12 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         self, call: keras_calls.KerasCall, arguments: dict[str, Any], stack: contextlib.ExitStack
     ) -> None:
         _check_model(call.model)
+        # TensorFlow's own errors for a mixture say nothing of the scope.
+        for variable in (
+            *getattr(call.model.optimizer, "variables", ()),
+            *call.model.trainable_variables,
+        ):
+            self._registry.check(variable.value, variable.path)
         if call.batch_size is not None:
             inputs.check_divisible(call.batch_size, self._aggregate)
         if call.method == "train_on_batch":
