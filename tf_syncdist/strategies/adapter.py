@@ -417,6 +417,11 @@ def trained_by(optimizer: object) -> list:
     return list(getattr(optimizer, _seam(optimizer, "_trainable_variables")))
 
 
+def builds_from_input(model: keras.Model) -> bool:
+    """Returns whether Keras looks at a first batch before it trains, as models of a scope need."""
+    return getattr(model, _seam(model, "_distribute_strategy")) is not None
+
+
 def last_call() -> tf.Operation | None:
     """Returns the operation by which a concrete function was just called in the current graph.
 

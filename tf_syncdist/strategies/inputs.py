@@ -141,25 +141,33 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         dataset: The worker's share; with several devices its batches are PerReplica values.
         each: How many batches an iteration has, of a dataset without end; each goes on where the
             last one ended. `None` if every iteration is a new one.
+        builds: Whether Keras looks at a first batch to build the model, before it trains.
         on_iter: Called where an iteration begins.
     """
 
     def __init__(
-        self, dataset: tf.data.Dataset, each: int | None, on_iter: Callable[[], None]
+        self,
+        dataset: tf.data.Dataset,
+        each: int | None,
+        builds: bool,
+        on_iter: Callable[[], None],
     ) -> None:
         self._dataset = dataset
         self._each = each
+        self._builds = builds
         self._on_iter = on_iter
-        self._built = False
         self._part: tf.data.Dataset | None = None
 
     def __iter__(self) -> Any:
         self._on_iter()
-        if self._each is None:
+        if self._builds:
+            self._builds = False
+            if _tells_shapes(self._dataset.element_spec):
+                # Keras wants shapes and dtypes only. What a generator is made to yield here would
+                # be missing in training, and not the same on every worker.
+                return iter([self._dataset.element_spec])
             return iter(self._dataset)
-        if not self._built:
-            # Keras looks at a first batch to build the model; training starts with it again.
-            self._built = True
+        if self._each is None:
             return iter(self._dataset)
         if self._part is None:
             whole = iter(self._dataset)
@@ -190,6 +198,11 @@ class WorkerDataset(tf.distribute.DistributedDataset):
             parallel_iterations=1,
         )
         return state
+
+
+def _tells_shapes(spec: Any) -> bool:
+    leaves = tf.nest.flatten(spec)
+    return all(getattr(getattr(s, "shape", None), "rank", None) is not None for s in leaves)
 
 
 def check_divisible(batch_size: int, pieces: int) -> None:

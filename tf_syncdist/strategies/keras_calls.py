@@ -194,6 +194,8 @@ def fitting(
         yield
     finally:
         del _fits[model]
+        # A program may ask after the fit; all workers have stopped alike.
+        vars(model)["stop_training"] = stopping.stopped
 
 
 class _StopTraining:

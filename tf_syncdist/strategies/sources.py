@@ -88,10 +88,12 @@ class Source:
             return endless.map(choose).take_while(lambda choice: choice >= 0)
 
         begin = tf.data.Dataset.range(1).map(self._numbered)
-        watched = tf.data.Dataset.choose_from_datasets([real, repeated], begin.flat_map(choices))
+        chosen = tf.data.Dataset.choose_from_datasets([real, repeated], begin.flat_map(choices))
+        # Nothing may be decided ahead of its run: a vote for the end would wait for workers that
+        # are past the last run, and these for this worker.
         options = tf.data.Options()
         options.experimental_optimization.inject_prefetch = False
-        return watched.with_options(options)
+        return chosen.with_options(options)
 
     def _numbered(self, _: tf.Tensor) -> tf.Tensor:
         number = tf.numpy_function(self._begin_pass, [], tf.int64)

@@ -311,8 +311,9 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             # A worker that was behind has not read all, but a replayed run counts as a batch.
             dataset = dataset.take(batches)
         dataset = inputs.split(dataset, len(self.extended.worker_devices))
+        builds = call is not None and adapter.builds_from_input(call.model)
         each = batches if continued else None
-        return inputs.WorkerDataset(dataset, each, self._controller.begin_input)
+        return inputs.WorkerDataset(dataset, each, builds, self._controller.begin_input)
 
     def _watch(
         self, dataset: tf.data.Dataset, ends: bool, alike: bool, fits: bool
@@ -350,7 +351,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         ends = int(dataset.cardinality()) != tf.data.INFINITE_CARDINALITY
         dataset = inputs.group(dataset, len(self.extended.worker_devices))
         dataset = self._watch(dataset, ends, alike=False, fits=False)
-        return inputs.WorkerDataset(dataset, None, self._controller.begin_input)
+        return inputs.WorkerDataset(dataset, None, False, self._controller.begin_input)
 
     # Values.
 
@@ -419,6 +420,12 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         self, call: keras_calls.KerasCall, arguments: dict[str, Any], stack: contextlib.ExitStack
     ) -> None:
         _check_model(call.model)
+        # TensorFlow's own errors for a mixture say nothing of the scope.
+        for variable in (
+            *getattr(call.model.optimizer, "variables", ()),
+            *call.model.trainable_variables,
+        ):
+            self._registry.check(variable.value, variable.path)
         if call.batch_size is not None:
             inputs.check_divisible(call.batch_size, self._aggregate)
         if call.method == "train_on_batch":

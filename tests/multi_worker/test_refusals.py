@@ -1,0 +1,80 @@
+"""What cannot work with several workers is refused on each of them, with the way out."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from .harness import JobResult, run_job
+
+pytestmark = pytest.mark.timeout(260)
+
+# Mistake: the kind of its error, and what the message has to say.
+MISTAKES = {
+    "jit_compile": ("ValueError", r"jit_compile=True.*jit_compile=False"),
+    "jit_compile_on_batch": ("ValueError", r"jit_compile=True.*jit_compile=False"),
+    "model_outside": ("ValueError", r"built outside of any scope.*with strategy\.scope\(\):"),
+    "model_outside_on_batch": ("ValueError", r"outside of any scope.*with strategy\.scope\(\):"),
+    "fit_within_scope_only": (
+        "ValueError",
+        r"Received: '[^']+', which was made outside.*with strategy\.scope\(\):",
+    ),
+    "compiled_outside": (
+        "ValueError",
+        r"Received: 'sgd[^']*/iteration', which was made outside.*with strategy\.scope\(\):",
+    ),
+    "optimizer_outside": (
+        "ValueError",
+        r"Received: 'adam[^']*/iteration', which was made outside.*with strategy\.scope\(\):",
+    ),
+    "all_gather": ("NotImplementedError", r"no `all_gather`.*Use `all_reduce`"),
+    "tensor_array": ("TypeError", r"dtype variant.*Do not return TensorArrays"),
+    "variant": ("TypeError", r"dtype variant.*Do not return TensorArrays"),
+    "batch_size": ("ValueError", r"divisible by N.*batch_size=9 with N=2.*Use 8 or 10"),
+    "batch_of_dataset": ("ValueError", r"divisible by N.*batch_size=9 with N=2.*Use 8 or 10"),
+}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
+    return run_job("refusals.py", tmp_path_factory.mktemp("refusals"), workers=2)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_refused_with_the_way_out(job: JobResult, name: str) -> None:
+    kind, pattern = MISTAKES[name]
+    for found in job.each(name):
+        assert kind in found["kinds"], found
+        assert re.search(pattern, found["message"], re.DOTALL), found["message"]
+
+
+def test_validation_may_have_batches_of_any_size(job: JobResult) -> None:
+    assert job.common("batch_of_validation")["kinds"] == []
+
+
+def test_training_goes_on_after_refusals(job: JobResult) -> None:
+    assert len(job.common("goes_on", "loss")) == 2
+    job.common("goes_on", "weights_sha256")
+
+
+def test_a_model_of_another_strategy_is_trained_by_each_worker_alone(job: JobResult) -> None:
+    assert job.common("alone") == 1
+
+
+@pytest.mark.parametrize("twice", [0, 1])
+def test_an_unequal_number_of_exchanges_is_refused(tmp_path: Path, twice: int) -> None:
+    # Worker 0 takes the service along; without worker 1 the other goes on alone.
+    statuses = {f"worker {w}": 1 for w in (0, 1) if w >= twice}
+    job = run_job(
+        "unequal_exchanges.py",
+        tmp_path,
+        workers=2,
+        arguments={"twice": twice},
+        statuses=statuses,
+    )
+    told = [log for log in job.logs.values() if "Every worker must" in log]
+    assert told, job.logs
+    for log in told:
+        error = next(i for i in log.splitlines()[::-1] if "Every worker must" in i)
+        assert re.search(r"same exchanges in a run\. Expected \d.* in run 0", error), error
+        assert "Run the same program" in log
