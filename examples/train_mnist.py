@@ -41,6 +41,11 @@ flags.DEFINE_string(
     None,
     "INDEX:SECONDS[:PROBABILITY] delays the training steps of that worker, like a slow machine.",
 )
+flags.DEFINE_string(
+    "slow_input",
+    None,
+    "INDEX:SECONDS[:PROBABILITY] delays the reading of training batches on that worker.",
+)
 flags.DEFINE_integer(
     "seed", 1, "Seed of the weights, the order of the data and the delays.", lower_bound=0
 )
@@ -58,32 +63,57 @@ OPTIMIZERS: dict[str, tuple[type[keras.optimizers.Optimizer], dict[str, Any]]] =
 flags.DEFINE_enum("optimizer", "adam", sorted(OPTIMIZERS), "Optimizer; sgd has momentum.")
 
 
-class SlowWorker(NamedTuple):
-    """Which worker is slow, by how many seconds a step, and in what share of its steps."""
+class Slowness(NamedTuple):
+    """Which worker is slow, by how many seconds a step or batch, and in what share of them."""
 
     index: int
     seconds: float
     probability: float
 
 
-def parse_slow_worker(text: str | None) -> SlowWorker | None:
-    """Parses INDEX:SECONDS[:PROBABILITY], or returns None when there is nothing to parse."""
+def parse_slowness(flag: str, num_workers: int) -> Slowness | None:
+    """Parses INDEX:SECONDS[:PROBABILITY], or returns None when the flag is not given."""
+    text = FLAGS[flag].value
     if text is None:
         return None
     parts = text.split(":")
     try:
         index, seconds, probability = parts if len(parts) == 3 else [*parts, "1"]
-        slow = SlowWorker(int(index), float(seconds), float(probability))
+        slow = Slowness(int(index), float(seconds), float(probability))
     except ValueError:
         slow = None
     valid = slow and slow.index >= 0 and 0 <= slow.seconds < np.inf and 0 <= slow.probability <= 1
     if not valid:
         raise ValueError(
-            "--slow_worker: expected INDEX:SECONDS[:PROBABILITY] with a worker's index from 0, "
+            f"--{flag}: expected INDEX:SECONDS[:PROBABILITY] with a worker's index from 0, "
             f"seconds from 0 and a probability from 0 to 1. Received: {text!r}. "
-            "Write for example --slow_worker=2:0.5 or --slow_worker=2:0.5:0.1."
+            f"Write for example --{flag}=2:0.5 or --{flag}=2:0.5:0.1."
+        )
+    if slow.index >= num_workers:
+        raise ValueError(
+            f"--{flag}: expected a worker from 0 to {num_workers - 1}. Received: {slow.index}. "
+            "Name a worker of this job."
         )
     return slow
+
+
+class Sleeper:
+    """Sleeps now and then, each worker in its own pattern."""
+
+    def __init__(self, slow: Slowness, worker_index: int, seed: int) -> None:
+        self.acts = worker_index == slow.index
+        self._slow = slow
+        self._random = np.random.default_rng([seed, worker_index])
+
+    def _sleep(self) -> np.float32:
+        if self._random.random() < self._slow.probability:
+            time.sleep(self._slow.seconds)
+        return np.float32(0)
+
+    def delay(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Returns the tensor after the sleep; all that is computed from it waits."""
+        with tf.control_dependencies([tf.numpy_function(self._sleep, [], tf.float32)]):
+            return tf.identity(tensor)
 
 
 class Delay(keras.layers.Layer):
@@ -93,25 +123,14 @@ class Delay(keras.layers.Layer):
     sleep is part of the computation: a worker that does not compute a round does not sleep in it.
     """
 
-    def __init__(self, slow: SlowWorker, worker_index: int, seed: int) -> None:
+    def __init__(self, sleeper: Sleeper) -> None:
         super().__init__(name="delay")
         self.supports_jit = False  # XLA cannot compile the call into Python.
-        self._slow = slow
-        self._acts = worker_index == slow.index
-        self._random = np.random.default_rng([seed, worker_index])
-
-    def _sleep(self) -> np.float32:
-        if self._random.random() < self._slow.probability:
-            time.sleep(self._slow.seconds)
-        return np.float32(0)
+        self._sleeper = sleeper
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Returns the inputs, after the sleep if there is one."""
-        if not (training and self._acts):
-            return inputs
-        # All further computation depends on the identity, and so waits for the sleep.
-        with tf.control_dependencies([tf.numpy_function(self._sleep, [], tf.float32)]):
-            return tf.identity(inputs)
+        return self._sleeper.delay(inputs) if training and self._sleeper.acts else inputs
 
 
 def build_model(image_shape: tuple[int, ...], delay: Delay | None) -> keras.Model:
@@ -140,7 +159,7 @@ def build_optimizer() -> keras.optimizers.Optimizer:
     return optimizer_class(**options)
 
 
-def training_batches(data: Dataset) -> tf.data.Dataset:
+def training_batches(data: Dataset, sleeper: Sleeper | None) -> tf.data.Dataset:
     """Returns the batches of all workers together, of which the strategy gives each its part.
 
     Every worker must see the same batches in the same order, hence the seed.
@@ -153,6 +172,8 @@ def training_batches(data: Dataset) -> tf.data.Dataset:
     dataset = tf.data.Dataset.from_tensor_slices((data.x_train, data.y_train))
     dataset = dataset.shuffle(len(data.x_train), seed=FLAGS.seed)
     dataset = dataset.batch(FLAGS.batch_size, drop_remainder=True)
+    if sleeper and sleeper.acts:
+        dataset = dataset.map(lambda x, y: (sleeper.delay(x), y))
     # With a number of steps of its own, an epoch may end anywhere in the data.
     return dataset.repeat() if FLAGS.steps_per_epoch else dataset
 
@@ -190,19 +211,20 @@ def main(argv: list[str]) -> None:
     """Trains, tests and reports."""
     if len(argv) > 1:
         raise app.UsageError(f"Expected only flags. Received: {argv[1:]}. Write --name=value.")
-    slow = parse_slow_worker(FLAGS.slow_worker)
     # A `ps` task does its work inside this call and ends there; only workers come back from it.
     strategy = tf_syncdist.SyncReplicasStrategy(backup_workers=FLAGS.backup_workers)
-    if slow and slow.index >= strategy.num_workers:
-        raise ValueError(
-            f"--slow_worker: expected a worker from 0 to {strategy.num_workers - 1}. Received: "
-            f"{slow.index}. Name a worker of this job."
+    slow_worker, slow_input = (
+        slow and Sleeper(slow, strategy.worker_index, FLAGS.seed)
+        for slow in (
+            parse_slowness("slow_worker", strategy.num_workers),
+            parse_slowness("slow_input", strategy.num_workers),
         )
+    )
     keras.utils.set_random_seed(FLAGS.seed)
     data = load_digits() if FLAGS.dataset == "digits" else load_mnist(FLAGS.data_dir)
 
     with strategy.scope():
-        delay = Delay(slow, strategy.worker_index, FLAGS.seed) if slow else None
+        delay = Delay(slow_worker) if slow_worker else None
         model = build_model(data.x_train.shape[1:], delay)
         model.compile(
             optimizer=build_optimizer(),
@@ -210,7 +232,7 @@ def main(argv: list[str]) -> None:
             metrics=["accuracy"],
         )
     history = model.fit(
-        training_batches(data),
+        training_batches(data, slow_input),
         shuffle=False,  # The dataset does that.
         epochs=FLAGS.epochs,
         steps_per_epoch=FLAGS.steps_per_epoch,

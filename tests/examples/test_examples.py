@@ -39,8 +39,9 @@ def _run(directory: Path, num_workers: int, script: str, *flags: str) -> list[di
     return found
 
 
-def test_a_slow_worker_costs_the_others_little(tmp_path: Path) -> None:
-    flags = ("--backup_workers=1", "--slow_worker=2:0.3")
+@pytest.mark.parametrize("what", ["slow_worker", "slow_input"])
+def test_a_slow_worker_costs_the_others_little(tmp_path: Path, what: str) -> None:
+    flags = ("--backup_workers=1", f"--{what}=2:0.3")
     first, second, slow = _run(tmp_path, 3, "train_mnist.py", *flags)
     assert first["metrics"]["test_accuracy"] > 0.93
     assert slow["late"] + slow["replayed"] > 0
