@@ -197,10 +197,10 @@ def refused() -> dict[str, str]:
 
 
 def main() -> None:
-    results = fits()
+    # A program whose last training failed does not stay for the others, so this comes first.
+    results = {"refused": refused()} if not PLAIN and DEVICES > 1 else {}
+    results |= fits()
     results["whole"], results["own"] = loop(whole), loop(own)
-    if not PLAIN and DEVICES > 1:
-        results["refused"] = refused()
     task.write(worker, results)
 
 
