@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
+from tf_syncdist.strategies import adapter
 from tf_syncdist.strategies import variables as vars_lib
 from tf_syncdist.strategies.sites import Site
 from tf_syncdist.strategies.variables import Spec, VariableRegistry
@@ -27,7 +28,7 @@ class CommonState:
     def unsynchronised(self, site: Site) -> list[Spec]:
         owned = optimizer_variables(site)
         for optimizer, _ in site.updates:
-            for variable in (*optimizer.variables, *optimizer._trainable_variables):
+            for variable in (*optimizer.variables, *adapter.trained_by(optimizer)):
                 # Keras' names of its own, such as "sequential/dense/kernel".
                 self._names[id(variable.value)] = variable.path
         candidates = self._registry.containers(site.variables)
