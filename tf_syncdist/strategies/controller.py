@@ -150,6 +150,7 @@ class RunController:
             self._exchange = 0
             self._substitute = self._late = self._lost = self._withheld = False
             self.answer_state_requests()
+            self._void = self._is_past_input()
             self._mode = self._decide(site)
             self.is_running = True
             return self._mode
@@ -264,8 +265,6 @@ class RunController:
             run = max(self.run, self._resume_at)
             self._session.give_state(request, run, self._store.read())
 
-    # How.
-
     def mend(self, giver: int, names: Sequence[str]) -> None:
         """Takes over another worker's variables, because this worker's have come to differ.
 
@@ -280,9 +279,10 @@ class RunController:
         )
         self._take_over(giver)
 
+    # How.
+
     def _decide(self, site: RunSite) -> Mode:
         over = self._session.job_over_at()
-        self._void = self._is_past_input()
         if over is not None and self.run >= over[0]:
             self._void = True
             if not self._over:
@@ -318,10 +318,13 @@ class RunController:
     def _is_past_input(self) -> bool:
         """Returns whether input for this run was read ahead of where it ends for all workers."""
         while self._read_ahead:
-            input_pass, run = self._read_ahead.popleft()
-            if run >= self.run:
-                end = self._session.end_of(input_pass)
-                return end is not None and end <= run
+            input_pass, run = self._read_ahead[0]
+            end = self._session.end_of(input_pass)
+            past = end is not None and end <= self.run
+            if past or run <= self.run:
+                self._read_ahead.popleft()
+            if past or run >= self.run:
+                return past
         return False
 
     def _synchronise(self, site: RunSite) -> None:

@@ -46,7 +46,7 @@ class Source:
         self._ends = ends
         self._alike = alike
         self._skips = skips
-        self._passes: list[_Pass] = []
+        self._passes: dict[int, _Pass] = {}
         self._now: _Pass | None = None
         self._lock = threading.Lock()
         self._previous: list[np.ndarray] | None = None
@@ -104,11 +104,14 @@ class Source:
 
     def _begin_pass(self) -> np.int64:
         with self._lock:
-            self._passes.append(_Pass(self._controller.begin_pass()))
-            return np.int64(len(self._passes) - 1)
+            number = max(self._passes, default=-1) + 1
+            # A look at the first batch may still be under way, but nothing older.
+            self._passes = {n: p for n, p in self._passes.items() if n >= number - 2}
+            self._passes[number] = _Pass(self._controller.begin_pass())
+            return np.int64(number)
 
     def _choose(self, number: np.int64, index: np.int64) -> np.int64:
-        now = self._now = self._passes[number]
+        now = self._now = self._passes[int(number)]
         # A custom loop may do several runs with a batch, but no run that is over opens again.
         now.run = max(now.begin + int(index), self._controller.run)
         if self._ends and not self._session.enter_run(now.begin, now.run):
