@@ -71,9 +71,8 @@ class Slowness(NamedTuple):
     probability: float
 
 
-def parse_slowness(flag: str, num_workers: int) -> Slowness | None:
-    """Parses INDEX:SECONDS[:PROBABILITY], or returns None when the flag is not given."""
-    text = FLAGS[flag].value
+def parse_slowness(flag: str, text: str | None) -> Slowness | None:
+    """Parses INDEX:SECONDS[:PROBABILITY], or returns None when there is nothing to parse."""
     if text is None:
         return None
     parts = text.split(":")
@@ -88,11 +87,6 @@ def parse_slowness(flag: str, num_workers: int) -> Slowness | None:
             f"--{flag}: expected INDEX:SECONDS[:PROBABILITY] with a worker's index from 0, "
             f"seconds from 0 and a probability from 0 to 1. Received: {text!r}. "
             f"Write for example --{flag}=2:0.5 or --{flag}=2:0.5:0.1."
-        )
-    if slow.index >= num_workers:
-        raise ValueError(
-            f"--{flag}: expected a worker from 0 to {num_workers - 1}. Received: {slow.index}. "
-            "Name a worker of this job."
         )
     return slow
 
@@ -131,6 +125,20 @@ class Delay(keras.layers.Layer):
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         """Returns the inputs, after the sleep if there is one."""
         return self._sleeper.delay(inputs) if training and self._sleeper.acts else inputs
+
+
+def make_sleeper(
+    flag: str, slow: Slowness | None, strategy: tf_syncdist.SyncReplicasStrategy
+) -> Sleeper | None:
+    """Returns what makes a worker of this job slow, or None when nothing does."""
+    if slow is None:
+        return None
+    if slow.index >= strategy.num_workers:
+        raise ValueError(
+            f"--{flag}: expected a worker from 0 to {strategy.num_workers - 1}. Received: "
+            f"{slow.index}. Name a worker of this job."
+        )
+    return Sleeper(slow, strategy.worker_index, FLAGS.seed)
 
 
 def build_model(image_shape: tuple[int, ...], delay: Delay | None) -> keras.Model:
@@ -211,15 +219,11 @@ def main(argv: list[str]) -> None:
     """Trains, tests and reports."""
     if len(argv) > 1:
         raise app.UsageError(f"Expected only flags. Received: {argv[1:]}. Write --name=value.")
+    slow = {flag: parse_slowness(flag, FLAGS[flag].value) for flag in ("slow_worker", "slow_input")}
     # A `ps` task does its work inside this call and ends there; only workers come back from it.
     strategy = tf_syncdist.SyncReplicasStrategy(backup_workers=FLAGS.backup_workers)
-    slow_worker, slow_input = (
-        slow and Sleeper(slow, strategy.worker_index, FLAGS.seed)
-        for slow in (
-            parse_slowness("slow_worker", strategy.num_workers),
-            parse_slowness("slow_input", strategy.num_workers),
-        )
-    )
+    slow_worker = make_sleeper("slow_worker", slow["slow_worker"], strategy)
+    slow_input = make_sleeper("slow_input", slow["slow_input"], strategy)
     keras.utils.set_random_seed(FLAGS.seed)
     data = load_digits() if FLAGS.dataset == "digits" else load_mnist(FLAGS.data_dir)
 

@@ -168,7 +168,7 @@ def test_damaged_file(mnist_data: ModuleType, tmp_path: Path, content: bytes, me
 def test_slow_worker_flag(
     train_mnist: ModuleType, text: str | None, expected: tuple[int, float, float] | None
 ) -> None:
-    assert train_mnist.parse_slow_worker(text) == expected
+    assert train_mnist.parse_slowness("slow_worker", text) == expected
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_slow_worker_flag(
 )
 def test_bad_slow_worker_flag(train_mnist: ModuleType, text: str) -> None:
     with pytest.raises(ValueError, match=r"expected INDEX:SECONDS\[:PROBABILITY\].*Received: "):
-        train_mnist.parse_slow_worker(text)
+        train_mnist.parse_slowness("slow_worker", text)
 
 
 def count_sleeps(
@@ -191,7 +191,8 @@ def count_sleeps(
 
     slept: list[float] = []
     monkeypatch.setattr(train_mnist.time, "sleep", slept.append)
-    delay = train_mnist.Delay(train_mnist.parse_slow_worker(slow_worker), worker, seed=3)
+    slow = train_mnist.parse_slowness("slow_worker", slow_worker)
+    delay = train_mnist.Delay(train_mnist.Sleeper(slow, worker, seed=3))
 
     @tf.function
     def step(inputs: tf.Tensor) -> tf.Tensor:
