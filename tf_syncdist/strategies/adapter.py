@@ -103,8 +103,17 @@ class Hooks:
     def on_gradient_of_exchange(self) -> None:
         """Is told that an exchange is part of what is differentiated."""
 
-    def on_update(self, optimizer: object, variables: list) -> None:
-        """Is told that an optimizer is about to update variables with reduced gradients."""
+    def update(
+        self,
+        optimizer: object,
+        variables: list,
+        gradients: list,
+        learning_rate: Any,
+        apply: Callable[[list, Any], Any],
+    ) -> Any:
+        """Lets an optimizer update variables with reduced gradients, by calling `apply`."""
+        del optimizer, variables
+        return apply(gradients, learning_rate)
 
     def on_variable(self, variable: tf.Variable) -> None:
         """Is told of every variable made under the strategy's scope."""
@@ -139,9 +148,16 @@ class WorkerReplicaContext(tf.distribute.ReplicaContext):
         if optimizer is None or getattr(merge_fn, "__name__", "") != _UPDATE_STEP:
             return self._merge(merge_fn, args, kwargs)
 
-        def update(strategy: tf.distribute.Strategy, pairs: Any, *rest: Any) -> Any:
-            self._hooks.on_update(optimizer, [v for g, v in pairs if g is not None])
-            return merge_fn(strategy, pairs, *rest)
+        def update(strategy: tf.distribute.Strategy, pairs: Any, learning_rate: Any) -> Any:
+            pairs = [(g, v) for g, v in pairs if g is not None]
+            gradients, variables = [g for g, _ in pairs], [v for _, v in pairs]
+
+            def apply(gradients: list, learning_rate: Any) -> Any:
+                return merge_fn(
+                    strategy, list(zip(gradients, variables, strict=True)), learning_rate
+                )
+
+            return self._hooks.update(optimizer, variables, gradients, learning_rate, apply)
 
         return self._merge(update, args, kwargs)
 

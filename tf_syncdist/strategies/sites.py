@@ -68,6 +68,7 @@ class Site:
         self.replayed_exchanges: list[tuple[str, ...]] = []
         self.updates: Updates = []
         self.scalers: dict[int, object] = {}
+        self.shared_updates: dict[tuple[int, ...], Callable] = {}
         self._begin(replaying=False)
 
     def begin_replay(self) -> None:
@@ -273,12 +274,36 @@ class Runs(adapter.Hooks):
                 "backup_workers=0."
             )
 
-    def on_update(self, optimizer: object, variables: list) -> None:
+    def update(
+        self,
+        optimizer: object,
+        variables: list,
+        gradients: list,
+        learning_rate: Any,
+        apply: Callable[[list, Any], Any],
+    ) -> Any:
         site = self.site
         if self.controller is None:
             now = tf.timestamp()
             self.token.assign_add(1, read_value=False)
             self._ends.assign([tf.where(self._ends[0] > 0, self._ends[0], now), now])
+        if site is None or site.is_probe or tf.executing_eagerly():
+            self._note_update(site, optimizer, variables)
+            return apply(gradients, learning_rate)
+        self._note_update(site, optimizer, variables)
+        # A replay calls the function that was traced for the computed run.
+        key = (id(optimizer), *map(id, variables))
+        shared = site.shared_updates.get(key)
+        if shared is None:
+
+            @tf.function(autograph=False)
+            def shared(gradients: list, learning_rate: Any) -> None:
+                apply(gradients, learning_rate)
+
+            site.shared_updates[key] = shared
+        return shared(gradients, tf.convert_to_tensor(learning_rate))
+
+    def _note_update(self, site: Site | None, optimizer: object, variables: list) -> None:
         if site is not None and not site.replaying:
             site.updates.append((site.scalers.get(id(optimizer), optimizer), variables))
 
