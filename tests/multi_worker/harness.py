@@ -5,6 +5,7 @@
 `worker-I.json` (see `programs/task.py`); what a task prints goes to a file. Nothing is left behind.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -16,6 +17,8 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 import tf_syncdist
 from tf_syncdist.cluster.ports import reserve_ports
@@ -123,6 +126,42 @@ def run_job(
             job.start("worker", 0, command)
         job.wait(seconds)
         return JobResult(job.results(), job.logs(), job.ended, cluster)
+
+
+class Jobs:
+    """Jobs of one program, two at a time: the processes of a job often wait for each other.
+
+    Not for tests that look at how long something takes.
+
+    Args:
+        program: Name of a file in `programs/`.
+        directories: Makes a directory for each job.
+        jobs: By name, what `run_job` is given for each job.
+    """
+
+    def __init__(
+        self,
+        program: str,
+        directories: pytest.TempPathFactory,
+        jobs: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self._pool = concurrent.futures.ThreadPoolExecutor(2)
+        self._started = {
+            name: self._pool.submit(
+                run_job, program, directories.mktemp(name), **{"seconds": 400.0, **job}
+            )
+            for name, job in jobs.items()
+        }
+
+    def __getitem__(self, name: str) -> JobResult:
+        """Waits for a job."""
+        return self._started[name].result()
+
+    def __enter__(self) -> "Jobs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
 
 
 class _Job:

@@ -1,10 +1,12 @@
 """Callbacks decide for all workers, also where only one of them wants something."""
 
+from collections.abc import Iterator
+
 import pytest
 
-from .harness import JobResult, run_job
+from .harness import JobResult, Jobs
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(560)
 
 STEPS = 12
 EVERYDAY = {
@@ -32,37 +34,28 @@ WISHES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    names = "schedules early not_a_number weights_by_hand files whole_models".split()
+    given = {
+        "everyday_0": {"parts": names, "backup_workers": 0, "pause_seconds": 0.0},
+        "everyday_1": {"parts": names, "backup_workers": 1, "pause_seconds": 0.05},
+        "wishes_1": {"parts": ["wishes_by_1"], "backup_workers": 1, "pause_seconds": 0.05},
+        "wishes_3": {"parts": ["wishes_by_3"], "backup_workers": 1, "pause_seconds": 0.05},
+    }
+    wanted = {name: {"workers": 2, "arguments": a} for name, a in given.items()}
+    with Jobs("callbacks.py", tmp_path_factory, wanted) as started:
+        yield started
+
+
 @pytest.fixture(scope="module", params=[0, 1], ids=["all_needed", "one_slow"])
-def everyday(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    names = "schedules early not_a_number weights_by_hand files whole_models"
-    return run_job(
-        "callbacks.py",
-        tmp_path_factory.mktemp("everyday"),
-        workers=2,
-        arguments={
-            "parts": names.split(),
-            "backup_workers": request.param,
-            "pause_seconds": 0.05 * request.param,
-        },
-    )
+def everyday(request: pytest.FixtureRequest, jobs: Jobs) -> JobResult:
+    return jobs[f"everyday_{request.param}"]
 
 
 @pytest.fixture(scope="module", params=[1, 3], ids=["one_step", "three_steps"])
-def wishes(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[int, JobResult]:
-    steps = request.param
-    job = run_job(
-        "callbacks.py",
-        tmp_path_factory.mktemp("wishes"),
-        workers=2,
-        arguments={
-            "parts": [f"wishes_by_{steps}"],
-            "backup_workers": 1,
-            "pause_seconds": 0.05,
-        },
-    )
-    return steps, job
+def wishes(request: pytest.FixtureRequest, jobs: Jobs) -> tuple[int, JobResult]:
+    return request.param, jobs[f"wishes_{request.param}"]
 
 
 @pytest.mark.parametrize("case", EVERYDAY)

@@ -1,13 +1,14 @@
 """Every way into Keras' training: alike on all workers, and with b = 0 as in one process."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from .harness import JobResult, run_job
+from .harness import JobResult, Jobs
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(560)
 
 STEPS = 8
 # Case: how many runs it has.
@@ -42,22 +43,30 @@ TOLERANCE = 1e-5  # Sums of float32 in another order, over 32 updates.
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directory = tmp_path_factory.mktemp("plain")
-    return run_job("corners.py", directory, workers=0, arguments={"plain": True}).results[0]
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    late = {"plain": False, "backup_workers": 1, "pause_seconds": 0.08}
+    wanted = {
+        "plain": {"workers": 0, "arguments": {"plain": True}},
+        "all_needed": {"workers": 2, "arguments": {"plain": False}},
+        "one_slow": {"workers": 2, "arguments": late},
+    }
+    with Jobs("corners.py", tmp_path_factory, wanted) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def all_needed(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    directory = tmp_path_factory.mktemp("all_needed")
-    return run_job("corners.py", directory, workers=2, arguments={"plain": False})
+def plain(jobs: Jobs) -> dict[str, Any]:
+    return jobs["plain"].results[0]
 
 
 @pytest.fixture(scope="module")
-def one_slow(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    arguments = {"plain": False, "backup_workers": 1, "pause_seconds": 0.08}
-    directory = tmp_path_factory.mktemp("one_slow")
-    return run_job("corners.py", directory, workers=2, arguments=arguments)
+def all_needed(jobs: Jobs) -> JobResult:
+    return jobs["all_needed"]
+
+
+@pytest.fixture(scope="module")
+def one_slow(jobs: Jobs) -> JobResult:
+    return jobs["one_slow"]
 
 
 @pytest.mark.parametrize("case", AS_IN_ONE_PROCESS)

@@ -1,13 +1,14 @@
 """Several devices per worker: the same results as one process, on every copy of every worker."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from .harness import JobResult, run_job
+from .harness import JobResult, Jobs
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(560)
 
 STEPS = 6
 RUNS = {"whole": STEPS, "own": STEPS}  # All others are fits of two epochs.
@@ -30,31 +31,39 @@ CASES = (*TOLERANCES, *ONLY_ALIKE)
 FEW = ("sgd", "normalised", "overflows", "whole", "own")
 
 
+DEVICES = (1, 2, 4)
+
+
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directory = tmp_path_factory.mktemp("plain")
-    arguments = {"plain": True, "devices": 1}
-    return run_job("devices.py", directory, workers=0, arguments=arguments).results[0]
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    late = {"plain": False, "devices": 2, "backup_workers": 1, "pause_seconds": 0.1}
+    wanted = {"plain": {"workers": 0, "arguments": {"plain": True, "devices": 1}}}
+    for devices in DEVICES:
+        arguments = {"plain": False, "devices": devices} | ({"only": FEW} if devices == 4 else {})
+        wanted[f"{devices}"] = {"workers": 2, "arguments": arguments}
+    wanted["slow"] = {"workers": 2, "arguments": late}
+    with Jobs("devices.py", tmp_path_factory, wanted) as started:
+        yield started
 
 
-@pytest.fixture(scope="module", params=[1, 2, 4], ids=lambda n: f"{n}_devices")
+@pytest.fixture(scope="module")
+def plain(jobs: Jobs) -> dict[str, Any]:
+    return jobs["plain"].results[0]
+
+
+@pytest.fixture(scope="module", params=DEVICES, ids=lambda n: f"{n}_devices")
 def devices(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def job(devices: int, tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    directory = tmp_path_factory.mktemp("devices")
-    arguments = {"plain": False, "devices": devices}
-    arguments |= {"only": FEW} if devices == 4 else {}
-    return run_job("devices.py", directory, workers=2, arguments=arguments)
+def job(devices: int, jobs: Jobs) -> JobResult:
+    return jobs[f"{devices}"]
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    arguments = {"plain": False, "devices": 2, "backup_workers": 1, "pause_seconds": 0.1}
-    directory = tmp_path_factory.mktemp("slow")
-    return run_job("devices.py", directory, workers=2, arguments=arguments)
+def slow(jobs: Jobs) -> JobResult:
+    return jobs["slow"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -1,13 +1,14 @@
 """Several exchanges in a run and updates by hand: nothing is left out where a round is over."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from .harness import JobResult, run_job
+from .harness import JobResult, Jobs
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(560)
 
 STEPS = 6
 SLOW = 1
@@ -59,25 +60,30 @@ ALL_CASES = (*CASES, *NESTED_CASES)
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    directory = tmp_path_factory.mktemp("plain")
-    return run_job("exchanges.py", directory, workers=0, arguments={"plain": True}).results[0]
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    late = {"plain": False, "backup_workers": 1, "pause_seconds": 0.06}
+    wanted = {
+        "plain": {"workers": 0, "arguments": {"plain": True}},
+        "together": {"workers": 2, "arguments": {"plain": False}},
+        "slow": {"workers": 2, "arguments": late},
+    }
+    with Jobs("exchanges.py", tmp_path_factory, wanted) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def together(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    directory = tmp_path_factory.mktemp("together")
-    return run_job("exchanges.py", directory, workers=2, arguments={"plain": False})
+def plain(jobs: Jobs) -> dict[str, Any]:
+    return jobs["plain"].results[0]
 
 
 @pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    return run_job(
-        "exchanges.py",
-        tmp_path_factory.mktemp("slow"),
-        workers=2,
-        arguments={"plain": False, "backup_workers": 1, "pause_seconds": 0.06},
-    )
+def together(jobs: Jobs) -> JobResult:
+    return jobs["together"]
+
+
+@pytest.fixture(scope="module")
+def slow(jobs: Jobs) -> JobResult:
+    return jobs["slow"]
 
 
 def test_every_case_is_looked_at(

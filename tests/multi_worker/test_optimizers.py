@@ -1,13 +1,14 @@
 """Every optimizer of Keras, and every option of optimizers, with and without a slow worker."""
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 import pytest
 
-from .harness import JobResult, run_job
+from .harness import JobResult, Jobs
 
 pytestmark = pytest.mark.timeout(560)
 
@@ -69,57 +70,40 @@ NOT_YET = "because its optimizer has not updated anything so far"
 CLIPS = ("clipnorm", "global_clipnorm", "clipvalue")
 
 
-class Jobs:
-    """Jobs of this module by what they were given, each of them run once."""
+KINDS = (("plain", 0, 0), ("all_needed", 2, 0), ("one_slow", 2, 1))
 
-    def __init__(self, tmp_path_factory: pytest.TempPathFactory) -> None:
-        self._tmp_path_factory = tmp_path_factory
-        self._done: dict[tuple, JobResult] = {}
 
-    def run(self, cases: str, workers: int, backup_workers: int) -> JobResult:
-        key = (cases, workers, backup_workers)
-        if key not in self._done:
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    wanted = {}
+    for cases in ("options", "classes"):
+        for kind, workers, backup_workers in KINDS:
             arguments = {
                 "cases": cases,
                 "plain": not workers,
                 "backup_workers": backup_workers,
-                "pause_seconds": 0.1 if backup_workers else 0.0,
+                "pause_seconds": 0.1 * backup_workers,
             }
-            self._done[key] = run_job(
-                "optimizers.py",
-                self._tmp_path_factory.mktemp(f"{cases}_{workers}_{backup_workers}"),
-                workers=workers,
-                arguments=arguments,
-                seconds=400.0,
-            )
-        return self._done[key]
-
-    def plain(self, case: str) -> dict[str, Any]:
-        return self.run(_part(case), 0, 0).results[0][case]
-
-    def all_needed(self, case: str) -> JobResult:
-        return self.run(_part(case), 2, 0)
-
-    def one_slow(self, case: str) -> JobResult:
-        return self.run(_part(case), 2, 1)
+            wanted[f"{kind}_{cases}"] = {"workers": workers, "arguments": arguments}
+    with Jobs("optimizers.py", tmp_path_factory, wanted) as started:
+        yield started
 
 
-@pytest.fixture(scope="module")
-def jobs(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
-    return Jobs(tmp_path_factory)
+def _plain(jobs: Jobs, case: str) -> dict[str, Any]:
+    return jobs[f"plain_{_part(case)}"].results[0][case]
 
 
 def test_every_case_of_the_program_is_tested(jobs: Jobs) -> None:
-    assert list(jobs.run("options", 0, 0).results[0]) == OPTIONS
-    assert set(jobs.run("classes", 0, 0).results[0]) == set(CLASSES)
+    assert list(jobs["plain_options"].results[0]) == OPTIONS
+    assert set(jobs["plain_classes"].results[0]) == set(CLASSES)
 
 
 @pytest.mark.parametrize("case", ALL)
 def test_two_workers_end_as_one_process(case: str, jobs: Jobs) -> None:
     # Where gradients are clipped, one process does by hand what workers do: it clips the gradients
     # of each one's piece, and then adds them.
-    expected = jobs.plain(case)["weights"]
-    job = jobs.all_needed(case)
+    expected = _plain(jobs, case)["weights"]
+    job = jobs[f"all_needed_{_part(case)}"]
     for received in job.each(case, "weights"):
         assert _difference(received, expected) <= _tolerance(case)
     _check_alike(case, job)
@@ -127,7 +111,7 @@ def test_two_workers_end_as_one_process(case: str, jobs: Jobs) -> None:
 
 @pytest.mark.parametrize("case", ALL)
 def test_a_slow_worker_replays_and_ends_with_the_same_bits(case: str, jobs: Jobs) -> None:
-    job = jobs.one_slow(case)
+    job = jobs[f"one_slow_{_part(case)}"]
     _check_alike(case, job)
     slow = job.results[1][case]
     assert slow["replayed"] > 0
@@ -136,26 +120,26 @@ def test_a_slow_worker_replays_and_ends_with_the_same_bits(case: str, jobs: Jobs
 
 @pytest.mark.parametrize("part", ["classes", "options"])
 def test_no_optimizer_of_keras_needs_the_whole_function(part: str, jobs: Jobs) -> None:
-    for backup_workers in (0, 1):
-        for task, log in jobs.run(part, 2, backup_workers).logs.items():
+    for kind in ("all_needed", "one_slow"):
+        for task, log in jobs[f"{kind}_{part}"].logs.items():
             said = [line for line in log.splitlines() if line.startswith("tf_syncdist: worker")]
             # Without a graph, an optimizer that accumulates is known by its first update only.
             assert [line for line in said if not line.endswith(NOT_YET)] == [], task
-            assert len(said) <= (1 if part == "options" and backup_workers else 0), task
+            assert len(said) <= (1 if part == "options" and kind == "one_slow" else 0), task
 
 
 @pytest.mark.parametrize("clip", CLIPS)
 def test_clipping_that_does_not_bite_changes_nothing(clip: str, jobs: Jobs) -> None:
-    idle = jobs.plain(f"{clip}_idle_sgd")["weights"]
-    assert _difference(jobs.plain(f"{clip}_bites_sgd")["weights"], idle) > 1e-2
+    idle = _plain(jobs, f"{clip}_idle_sgd")["weights"]
+    assert _difference(_plain(jobs, f"{clip}_bites_sgd")["weights"], idle) > 1e-2
 
 
 @pytest.mark.parametrize(
     "case", ["accumulation_scaled_sgd", "scaled_sgd", "float16_sgd", "float16_adam"]
 )
 def test_losses_are_scaled(case: str, jobs: Jobs) -> None:
-    assert jobs.plain(case)["scaled"]
-    assert jobs.all_needed(case).common(case, "scaled")
+    assert _plain(jobs, case)["scaled"]
+    assert jobs[f"all_needed_{_part(case)}"].common(case, "scaled")
 
 
 def _check_alike(case: str, job: JobResult) -> None:
