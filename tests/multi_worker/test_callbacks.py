@@ -60,7 +60,10 @@ def wishes(request: pytest.FixtureRequest, jobs: Jobs) -> tuple[int, JobResult]:
 
 @pytest.mark.parametrize("case", EVERYDAY)
 def test_workers_do_and_log_the_same(case: str, everyday: JobResult) -> None:
-    assert everyday.common(case)["runs"] == EVERYDAY[case]
+    results = everyday.each(case)
+    # A slow worker may be given the chief's variables as they are some runs later.
+    assert all(r | {"began_with": ""} == results[0] | {"began_with": ""} for r in results), results
+    assert results[0]["runs"] == EVERYDAY[case]
 
 
 def test_learning_rates_change_alike(everyday: JobResult) -> None:
@@ -84,11 +87,19 @@ def test_all_stop_if_one_worker_sees_nan(case: str, everyday: JobResult) -> None
     everyday.common(case, "weights_sha256")
 
 
-def test_what_is_loaded_is_trained_on_with(everyday: JobResult) -> None:
+def test_what_is_loaded_is_trained_on_with(
+    everyday: JobResult, request: pytest.FixtureRequest
+) -> None:
     everyday.common("loaded_by_all", "weights_sha256")
     # The chief alone had loaded it: a fit starts from its variables.
     loaded = everyday.results[0]["started_from"]
-    assert everyday.common("loaded_by_chief", "began_with") == loaded
+    began_with = everyday.each("loaded_by_chief", "began_with")
+    assert began_with[0] == loaded
+    assert "differs from worker 0" in everyday.logs["worker 1"]
+    everyday.common("loaded_by_chief", "weights_sha256")
+    if not request.node.callspec.params["everyday"]:
+        # A slow worker may be given them as they are some runs later.
+        assert began_with[1] == loaded
 
 
 def test_a_saved_model_continues_with_its_optimizer(everyday: JobResult) -> None:
