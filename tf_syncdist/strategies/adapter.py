@@ -273,7 +273,7 @@ class WorkerExtended(_MirroredExtended):
             args, kwargs = _select_replica(0, (args, kwargs))
             with WorkerReplicaContext(strategy, self._first_replica_id, self._hooks):
                 with tf.device(self.worker_devices[0]):
-                    return fn(*_select_replica(0, args), **_select_replica(0, kwargs))
+                    return fn(*args, **kwargs)
         if is_tf_function(fn):
             return self._lifted(fn)(*args, **kwargs)
 

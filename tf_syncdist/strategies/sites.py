@@ -44,6 +44,7 @@ class Site:
         written: Those of them that it writes; `None` if that is unknown.
         exchanges: For each exchange, in which conditions and loops it is.
         replayed_exchanges: The same of a replay.
+        shared_updates: Traced updates, which the computed run and its replay have in common.
         updates: Optimizers in their order, with the variables that each of them updates.
     """
 
@@ -79,6 +80,7 @@ class Site:
     def _begin(self, replaying: bool) -> None:
         self.root = tf.compat.v1.get_default_graph()
         self.last_exchange: tf.Operation | None = None
+        self.num_updates = 0
         self.replaying = replaying
 
 
@@ -287,25 +289,18 @@ class Runs(adapter.Hooks):
             now = tf.timestamp()
             self.token.assign_add(1, read_value=False)
             self._ends.assign([tf.where(self._ends[0] > 0, self._ends[0], now), now])
-        if site is None or site.is_probe or tf.executing_eagerly():
-            self._note_update(site, optimizer, variables)
+        if site is None:
             return apply(gradients, learning_rate)
-        self._note_update(site, optimizer, variables)
-        # A replay calls the function that was traced for the computed run.
-        key = (id(optimizer), *map(id, variables))
-        shared = site.shared_updates.get(key)
-        if shared is None:
-
-            @tf.function(autograph=False)
-            def shared(gradients: list, learning_rate: Any) -> None:
-                apply(gradients, learning_rate)
-
-            site.shared_updates[key] = shared
-        return shared(gradients, tf.convert_to_tensor(learning_rate))
-
-    def _note_update(self, site: Site | None, optimizer: object, variables: list) -> None:
-        if site is not None and not site.replaying:
+        if not site.replaying:
             site.updates.append((site.scalers.get(id(optimizer), optimizer), variables))
+        if tf.executing_eagerly():
+            return apply(gradients, learning_rate)
+        # A replay's nth update calls the function that was traced for the nth of the computed run.
+        key = (site.num_updates, id(optimizer), *map(id, variables))
+        site.num_updates += 1
+        if key not in site.shared_updates:
+            site.shared_updates[key] = tf.function(apply, autograph=False)
+        return site.shared_updates[key](gradients, tf.convert_to_tensor(learning_rate))
 
     def on_variable(self, variable: tf.Variable) -> None:
         self.registry.add(variable)
@@ -353,8 +348,10 @@ class Runs(adapter.Hooks):
         return exchange
 
     def _exchange_of_flag_fn(self) -> Callable:
+        give = self._exchange_fn()
+
         def exchange(not_finite: np.ndarray) -> list[np.ndarray]:
-            (total,) = self.controller.exchange([np.asarray(not_finite)])
+            (total,) = give(not_finite)
             # The others go on with finite values; they do not know of these, which came too late.
             if np.any(not_finite) and not np.any(total):
                 self.controller.withhold()
