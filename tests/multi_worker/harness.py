@@ -5,6 +5,7 @@
 `worker-I.json` (see `programs/task.py`); what a task prints goes to a file. Nothing is left behind.
 """
 
+import atexit
 import concurrent.futures
 import contextlib
 import json
@@ -12,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -22,6 +24,8 @@ import pytest
 
 import tf_syncdist
 from tf_syncdist.cluster.ports import reserve_ports
+
+from .forkserver import ForkedProcess, ForkServer
 
 _PROGRAMS = Path(__file__).parent / "programs"
 _ROOT = Path(tf_syncdist.__file__).parents[1]
@@ -114,12 +118,12 @@ def run_job(
         job = _Job(directory, cluster, statuses or {})
         stack.callback(job.kill)
         argument = json.dumps({"directory": str(directory), **(arguments or {})})
-        command = [sys.executable, str(_PROGRAMS / program), argument]
+        command = [str(_PROGRAMS / program), argument]
         for task_type, tasks in cluster.items():
             for index, address in enumerate(tasks):
                 if start is None or f"{task_type} {index}" in start:
                     port_flag = f"--port={address.rpartition(':')[2]}"
-                    service = [sys.executable, "-m", "tf_syncdist.aggregator", port_flag]
+                    service = ["-m", "tf_syncdist.aggregator", port_flag]
                     is_service = task_type == "ps" and not ps_runs_program
                     job.start(task_type, index, service if is_service else command)
         if not workers:
@@ -181,22 +185,26 @@ class _Job:
         self._cluster = cluster
         self._statuses = statuses
         self._mark = uuid.uuid4().hex
-        self._processes: dict[str, subprocess.Popen] = {}
+        self._processes: dict[str, subprocess.Popen | ForkedProcess] = {}
         self._started_at = time.monotonic()
 
-    def start(self, task_type: str, index: int, command: list[str]) -> None:
-        """Starts a task."""
-        env = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
-        env |= _ENVIRONMENT | {_MARK: self._mark}
+    def start(self, task_type: str, index: int, arguments: list[str]) -> None:
+        """Starts a task; a module by Python itself, a script by the fork server."""
+        env = {_MARK: self._mark}
         if any(self._cluster.values()):
             task = {"type": task_type, "index": index}
             env["TF_CONFIG"] = json.dumps({"cluster": self._cluster, "task": task})
         name = f"{task_type} {index}"
+        if arguments[0] != "-m":
+            log = self._log(name)
+            log.touch()
+            self._processes[name] = _fork_server().start(arguments, env, self._directory, log)
+            return
         with self._log(name).open("wb") as log:
             self._processes[name] = subprocess.Popen(
-                command,
+                [sys.executable, *arguments],
                 cwd=self._directory,
-                env=env,
+                env=_environment() | env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -277,3 +285,19 @@ class _Job:
                     command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
                     found[int(entry.name)] = command.decode(errors="replace")
         return found
+
+
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "TF_CONFIG"} | _ENVIRONMENT
+
+
+_servers: list[ForkServer] = []
+_server_lock = threading.Lock()
+
+
+def _fork_server() -> ForkServer:
+    with _server_lock:
+        if not _servers:
+            _servers.append(ForkServer(_environment()))
+            atexit.register(_servers[0].close)
+        return _servers[0]

@@ -1,12 +1,13 @@
 """A worker whose variables have come to differ is found, named and mended."""
 
 import re
+from collections.abc import Iterator
 
 import pytest
 
-from .harness import JobResult, run_job
+from .harness import JobResult, Jobs
 
-pytestmark = pytest.mark.timeout(260)
+pytestmark = pytest.mark.timeout(560)
 
 # Case: the variable that is changed by hand.
 CHANGED = {
@@ -21,16 +22,23 @@ CHANGED = {
 
 
 @pytest.fixture(scope="module")
-def all_needed(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    directory = tmp_path_factory.mktemp("all_needed")
-    return run_job("differences.py", directory, workers=2, arguments={"backup_workers": 0})
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    wanted = {
+        "all_needed": {"workers": 2, "arguments": {"backup_workers": 0}},
+        "one_slow": {"workers": 2, "arguments": {"backup_workers": 1, "pause_seconds": 0.05}},
+    }
+    with Jobs("differences.py", tmp_path_factory, wanted) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def one_slow(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    arguments = {"backup_workers": 1, "pause_seconds": 0.05}
-    directory = tmp_path_factory.mktemp("one_slow")
-    return run_job("differences.py", directory, workers=2, arguments=arguments)
+def all_needed(jobs: Jobs) -> JobResult:
+    return jobs["all_needed"]
+
+
+@pytest.fixture(scope="module")
+def one_slow(jobs: Jobs) -> JobResult:
+    return jobs["one_slow"]
 
 
 def _notices(job: JobResult, case: str) -> list[tuple[int, int, str]]:

@@ -1,12 +1,13 @@
 """Input of unknown, uneven or no length ends at the same run everywhere, and is read as asked."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from .harness import JobResult, run_job
+from .harness import JobResult, Jobs
 
-pytestmark = pytest.mark.timeout(320)
+pytestmark = pytest.mark.timeout(560)
 
 WORKERS = 3
 SLOW = 2
@@ -20,20 +21,26 @@ def backup_workers(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture(scope="module")
-def job(backup_workers: int, tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    arguments = {
-        "backup_workers": backup_workers,
-        "slow": SLOW,
-        "pause_seconds": 0.08 * backup_workers,
-        "read_seconds": 0.2 * backup_workers,
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    wanted = {
+        f"backup_{b}": {
+            "workers": WORKERS,
+            "arguments": {
+                "backup_workers": b,
+                "slow": SLOW,
+                "pause_seconds": 0.08 * b,
+                "read_seconds": 0.2 * b,
+            },
+        }
+        for b in (0, 1)
     }
-    return run_job(
-        "endings.py",
-        tmp_path_factory.mktemp("endings"),
-        workers=WORKERS,
-        arguments=arguments,
-        seconds=280,
-    )
+    with Jobs("endings.py", tmp_path_factory, wanted) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def job(backup_workers: int, jobs: Jobs) -> JobResult:
+    return jobs[f"backup_{backup_workers}"]
 
 
 CASES = (

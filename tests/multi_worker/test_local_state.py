@@ -1,15 +1,15 @@
 """State that training writes without an optimizer: statistics, and those of random generators."""
 
 import itertools
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from .harness import JobResult, run_job
+from .harness import JobResult, Jobs
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(560)
 
 EPOCHS = 3
 STEPS = 5
@@ -27,20 +27,31 @@ NOISES = [
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    arguments = {"plain": True, "backup_workers": 0}
-    directory = tmp_path_factory.mktemp("plain")
-    return run_job("local_state.py", directory, workers=0, arguments=arguments).results[0]
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    all_needed = {"plain": False, "backup_workers": 0, "pause_seconds": 0.0}
+    one_slow = {"plain": False, "backup_workers": 1, "pause_seconds": 0.3}
+    wanted = {
+        "all_needed": {"workers": 2, "arguments": all_needed},
+        "one_slow": {"workers": 3, "arguments": one_slow},
+        "plain": {"workers": 0, "arguments": {"plain": True, "backup_workers": 0}},
+    }
+    with Jobs("local_state.py", tmp_path_factory, wanted) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def all_needed(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    return _run(tmp_path_factory.mktemp("all_needed"), workers=2, backup_workers=0)
+def plain(jobs: Jobs) -> dict[str, Any]:
+    return jobs["plain"].results[0]
 
 
 @pytest.fixture(scope="module")
-def one_slow(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    return _run(tmp_path_factory.mktemp("one_slow"), workers=3, backup_workers=1)
+def all_needed(jobs: Jobs) -> JobResult:
+    return jobs["all_needed"]
+
+
+@pytest.fixture(scope="module")
+def one_slow(jobs: Jobs) -> JobResult:
+    return jobs["one_slow"]
 
 
 @pytest.mark.parametrize("case", AVERAGED)
@@ -149,12 +160,3 @@ def _check_averages(case: str, job: JobResult, averaged: tuple[int, ...]) -> Non
                 err_msg=f"{name} after epoch {epoch}",
             )
             assert not np.allclose(values[0], values[1], rtol=1e-3)
-
-
-def _run(directory: Path, workers: int, backup_workers: int) -> JobResult:
-    arguments = {
-        "plain": False,
-        "backup_workers": backup_workers,
-        "pause_seconds": 0.3 if backup_workers else 0.0,
-    }
-    return run_job("local_state.py", directory, workers=workers, arguments=arguments, seconds=250.0)

@@ -1,10 +1,12 @@
 """Workers skip an update together if the scaled gradients of one of those in the round overflow."""
 
+from collections.abc import Iterator
+
 import pytest
 
-from .harness import JobResult, run_job
+from .harness import JobResult, Jobs
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(560)
 
 # As in the program.
 STEPS = 16
@@ -15,13 +17,20 @@ LATE = ["slow", "between", "between_eager", "between_accumulation"]
 
 
 @pytest.fixture(scope="module")
-def all_needed(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    return _run(tmp_path_factory, 0)
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    wanted = {f"backup_{b}": {"workers": 2, "arguments": {"backup_workers": b}} for b in (0, 1)}
+    with Jobs("overflow.py", tmp_path_factory, wanted) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def one_slow(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    return _run(tmp_path_factory, 1)
+def all_needed(jobs: Jobs) -> JobResult:
+    return jobs["backup_0"]
+
+
+@pytest.fixture(scope="module")
+def one_slow(jobs: Jobs) -> JobResult:
+    return jobs["backup_1"]
 
 
 @pytest.mark.parametrize("case", ["graph", "eager", "accumulation", "never"])
@@ -79,12 +88,6 @@ def test_no_worker_executes_the_whole_function_or_is_mended(
         for task, log in job.logs.items():
             assert "executes the whole training function" not in log, task
             assert "takes over" not in log, task
-
-
-def _run(tmp_path_factory: pytest.TempPathFactory, backup_workers: int) -> JobResult:
-    directory = tmp_path_factory.mktemp(f"overflow_{backup_workers}")
-    arguments = {"backup_workers": backup_workers}
-    return run_job("overflow.py", directory, workers=2, arguments=arguments, seconds=300.0)
 
 
 def _scales(overflows: tuple[int, ...], runs_per_update: int) -> list[list[float]]:

@@ -1,30 +1,39 @@
 """Values of several replicas are a worker's own; metrics and statistics can be made common."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
-from .harness import JobResult, run_job
+from .harness import JobResult, Jobs
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(560)
 
 WORKERS = 2
 STEPS = 4
 
 
-@pytest.fixture(
-    scope="module",
-    params=[(1, 0), (2, 0), (1, 1), (2, 1)],
-    ids=lambda p: f"{p[0]}_devices-backup_{p[1]}",
-)
+SHAPES = {f"{d}_devices-backup_{b}": (d, b) for d, b in [(1, 0), (2, 0), (1, 1), (2, 1)]}
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    wanted = {
+        name: {"workers": WORKERS, "arguments": {"devices": d, "backup_workers": b}}
+        for name, (d, b) in SHAPES.items()
+    }
+    with Jobs("values.py", tmp_path_factory, wanted) as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=SHAPES.values(), ids=SHAPES.keys())
 def shape(request: pytest.FixtureRequest) -> tuple[int, int]:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def job(shape: tuple[int, int], tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    arguments = {"devices": shape[0], "backup_workers": shape[1]}
-    directory = tmp_path_factory.mktemp("values")
-    return run_job("values.py", directory, workers=WORKERS, arguments=arguments)
+def job(shape: tuple[int, int], jobs: Jobs) -> JobResult:
+    return jobs["{}_devices-backup_{}".format(*shape)]
 
 
 def test_workers_know_who_they_are(job: JobResult, shape: tuple[int, int]) -> None:
