@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -23,10 +23,11 @@ _FAILURE_GRACE_SECONDS = 3.0
 # A worker gives up before it is killed, so that a hung one can print its stacks.
 _WORKER_TIMEOUT_SHARE = 0.9
 _LOG_TAIL_LINES = 40
+_MEMORY_POLL_SECONDS = 0.2
 
 
 class ClusterFailedError(RuntimeError):
-    """A worker process failed or the cluster did not end in time; the text has the log."""
+    """A process failed or the cluster did not end in time; the text has the log."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +38,44 @@ class WorkerOutcome:
     exited_at: float
 
 
+@dataclasses.dataclass(frozen=True)
+class MemoryReading:
+    """What a process occupied at `time`, a time.time(), and at most until then."""
+
+    time: float
+    megabytes: float
+    peak_megabytes: float
+
+
+@dataclasses.dataclass
+class Service:
+    """A process that serves the workers as a `ps` task; it may end by itself, or is killed.
+
+    Attributes:
+        module: Started with `python -m`.
+        flags: Its flags. In them "{port}" stands for the port of its address in TF_CONFIG, and
+            "{give_up_at}" for the time.time() at which it has to exit by itself.
+        memory: Readings of its memory, filled while it runs.
+    """
+
+    module: str
+    flags: Sequence[str] = ()
+    memory: list[MemoryReading] = dataclasses.field(default_factory=list)
+
+
 @dataclasses.dataclass
 class _Worker:
-    """One started worker process and its files."""
+    """One started process, a worker or a service, and its files."""
 
+    task: str
     index: int
     process: subprocess.Popen[bytes]
     log_file: pathlib.Path
     result_file: pathlib.Path
     exited_at: float | None = None
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.index}"
 
     def poll(self) -> bool:
         """Notes the time of the exit and returns whether the process has exited."""
@@ -66,30 +96,49 @@ class _Worker:
 
 
 def run_cluster(
-    module: str, worker_flags: Sequence[Sequence[str]], timeout_seconds: float
+    module: str,
+    worker_flags: Sequence[Sequence[str]],
+    timeout_seconds: float,
+    services: Sequence[Service] = (),
 ) -> list[WorkerOutcome]:
     """Runs `python -m module` once per entry of worker_flags, as the workers of one cluster.
 
     Each process finds its place in TF_CONFIG and additionally gets --result_file, where it has
     to write a JSON object, and --give_up_at, the time.time() at which it has to exit by itself.
+    Services find their place in TF_CONFIG too, and get no flags but their own.
 
     Raises:
       ClusterFailedError: a process failed, wrote no result or did not end in time.
     """
     deadline = time.monotonic() + timeout_seconds
     give_up_at = time.time() + timeout_seconds * _WORKER_TIMEOUT_SHARE
-    addresses = _free_addresses(len(worker_flags))
-    with tempfile.TemporaryDirectory(prefix="straggler_benchmark_") as directory:
+    addresses = _free_addresses(len(worker_flags) + len(services))
+    cluster = {"worker": addresses[: len(worker_flags)]}
+    if services:
+        cluster["ps"] = addresses[len(worker_flags) :]
+    with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
+        directory = pathlib.Path(name)
         workers: list[_Worker] = []
+        servers: list[_Worker] = []
         try:
+            for index, service in enumerate(services):
+                port = cluster["ps"][index].rpartition(":")[2]
+                flags = [flag.format(port=port, give_up_at=give_up_at) for flag in service.flags]
+                servers.append(_start(service.module, "ps", index, cluster, flags, directory))
             for index, flags in enumerate(worker_flags):
                 flags = [*flags, f"--give_up_at={give_up_at}"]
-                workers.append(_start(module, index, addresses, flags, pathlib.Path(directory)))
-            _wait(workers, deadline, timeout_seconds)
+                flags.append(f"--result_file={_result_file(directory, index)}")
+                workers.append(_start(module, "worker", index, cluster, flags, directory))
+            _wait(workers, servers, services, deadline, timeout_seconds)
             return [_outcome(worker) for worker in workers]
         finally:
-            for worker in workers:
+            for worker in (*workers, *servers):
                 worker.kill()
+
+
+def _result_file(directory: pathlib.Path, index: int) -> pathlib.Path:
+    """Returns where worker `index` writes its result."""
+    return directory / f"worker_{index}.json"
 
 
 def _free_addresses(count: int) -> list[str]:
@@ -104,28 +153,23 @@ def _free_addresses(count: int) -> list[str]:
 
 def _start(
     module: str,
+    task: str,
     index: int,
-    addresses: Sequence[str],
+    cluster: Mapping[str, Sequence[str]],
     flags: Sequence[str],
     directory: pathlib.Path,
 ) -> _Worker:
-    """Starts worker `index` with its output going to a file."""
-    log_file = directory / f"worker_{index}.log"
-    result_file = directory / f"worker_{index}.json"
+    """Starts task `index` with its output going to a file."""
+    log_file = directory / f"{task}_{index}.log"
     environment = {
         "TF_CPP_MIN_LOG_LEVEL": "2",
         **os.environ,
         "CUDA_VISIBLE_DEVICES": "-1",
-        "TF_CONFIG": json.dumps(
-            {
-                "cluster": {"worker": list(addresses)},
-                "task": {"type": "worker", "index": index},
-            }
-        ),
+        "TF_CONFIG": json.dumps({"cluster": cluster, "task": {"type": task, "index": index}}),
     }
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *flags, f"--result_file={result_file}"],
+            [sys.executable, "-m", module, *flags],
             cwd=_ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -133,16 +177,28 @@ def _start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return _Worker(index, process, log_file, result_file)
+    return _Worker(task, index, process, log_file, _result_file(directory, index))
 
 
-def _wait(workers: Sequence[_Worker], deadline: float, timeout_seconds: float) -> None:
-    """Returns when all processes have ended well, raises as soon as one has not."""
+def _wait(
+    workers: Sequence[_Worker],
+    servers: Sequence[_Worker],
+    services: Sequence[Service],
+    deadline: float,
+    timeout_seconds: float,
+) -> None:
+    """Returns when all workers have ended well, raises as soon as a process has not."""
+    everybody = [*workers, *servers]
+    read_memory_at = time.monotonic()
     while True:
         exited = [worker.poll() for worker in workers]
-        failed = [worker for worker in workers if worker.process.returncode]
+        if time.monotonic() >= read_memory_at:
+            for server, service in zip(servers, services, strict=True):
+                service.memory += _read_memory(server.process.pid)
+            read_memory_at = time.monotonic() + _MEMORY_POLL_SECONDS
+        failed = [worker for worker in everybody if worker.process.poll()]
         if failed:
-            _raise_failure(failed[0], workers, deadline)
+            _raise_failure(failed[0], everybody, deadline)
         if all(exited):
             return
         if time.monotonic() > deadline:
@@ -156,16 +212,25 @@ def _wait(workers: Sequence[_Worker], deadline: float, timeout_seconds: float) -
         time.sleep(_POLL_SECONDS)
 
 
-def _raise_failure(first: _Worker, workers: Sequence[_Worker], deadline: float) -> None:
+def _read_memory(pid: int) -> list[MemoryReading]:
+    """Returns one reading of a process's memory, none if it is ending."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError, KeyError):
+        lines = pathlib.Path(f"/proc/{pid}/status").read_text().splitlines()
+        kilobytes = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith("kB")}
+        now, peak = (int(kilobytes[name]) * 1024 / 1e6 for name in ("VmRSS", "VmHWM"))
+        return [MemoryReading(time.time(), now, peak)]
+    return []
+
+
+def _raise_failure(first: _Worker, everybody: Sequence[_Worker], deadline: float) -> None:
     """Raises an error with the log of the process that failed first."""
     grace = min(deadline, time.monotonic() + _FAILURE_GRACE_SECONDS)
-    while not all([worker.poll() for worker in workers]) and time.monotonic() < grace:
+    while not all([worker.poll() for worker in everybody]) and time.monotonic() < grace:
         time.sleep(_POLL_SECONDS)
-    codes = {worker.index: worker.process.returncode for worker in workers}
+    codes = {str(worker): worker.process.returncode for worker in everybody}
     raise ClusterFailedError(
-        f"Expected {len(workers)} workers to exit with code 0, but worker {first.index} failed "
-        f"first (exit codes by worker: {codes}, None is still running); its log says why:\n"
-        f"{first.log_tail()}"
+        f"Expected all processes to exit with code 0, but {first} failed first (exit codes: "
+        f"{codes}, None is still running); its log says why:\n{first.log_tail()}"
     )
 
 
