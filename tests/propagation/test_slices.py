@@ -48,26 +48,49 @@ def test_random_plans(seed: int) -> None:
     indices: list[list[int]] = [[] for _ in range(shards)]
     for part in way.slices:
         size = part.elements * size_of[part.dtype]
+        assert size == part.nbytes
         assert 0 < size <= limit
         assert part.elements == sum(stop - start for _, start, stop in part.pieces)
         assert {specs[p.tensor].dtype for p in part.pieces} == {part.dtype}
-        loads[part.shard] += size
+        # In one buffer of the shard, slices lie one after the other.
+        assert loads[part.shard] <= part.offset < loads[part.shard] + 64
+        assert part.offset % 64 == 0
+        loads[part.shard] = part.offset + size
         indices[part.shard].append(part.index)
     assert indices == [list(range(n)) for n in way.num_slices]
-    assert max(loads) - min(loads) <= limit
+    assert all(load <= n < load + 64 for load, n in zip(loads, way.nbytes, strict=True))
+    assert max(way.nbytes) - min(way.nbytes) <= limit + 64
     assert plan(specs, limit, shards) == way
-    # No more slices than needed, so that small tensors share messages.
-    bytes_of = {d: sum(s.elements for s in specs if s.dtype == d) * size_of[d] for d in DTYPES}
-    needed = sum(-(-n // (limit // size_of[d] * size_of[d])) for d, n in bytes_of.items())
-    assert len(way.slices) == needed
+    # Every tensor is in one bucket, the last ones first, and small ones share one.
+    sent = [t for bucket in way.buckets for t in bucket.tensors]
+    assert sorted(sent) == list(range(len(specs)))
+    for dtype in DTYPES:
+        mine = [b.tensors for b in way.buckets if specs[b.tensors[0]].dtype == dtype]
+        assert [t for tensors in mine for t in tensors] == [
+            t for t in reversed(range(len(specs))) if specs[t].dtype == dtype
+        ]
+        full = [sum(specs[t].elements for t in tensors) * size_of[dtype] for tensors in mine]
+        assert all(n >= limit for n in full[:-1])
+        for tensors in mine:
+            assert sum(specs[t].elements for t in tensors[:-1]) * size_of[dtype] < limit
+    # No more slices than needed, all of about the same size.
+    for bucket in way.buckets:
+        elements = [s.elements for s in bucket.slices]
+        most = limit // size_of[specs[bucket.tensors[0]].dtype]
+        assert len(elements) == -(-sum(elements) // most)
+        assert not elements or max(elements) - min(elements) <= 1
 
 
-def test_elements_stay_in_order_within_a_slice() -> None:
-    specs = [TensorSpec("float32", (3,)), TensorSpec("int32", ()), TensorSpec("float32", (2, 2))]
-    assert plan(specs, 20, 2).slices == (
-        Slice(0, 0, "float32", 5, (Piece(0, 0, 3), Piece(2, 0, 2))),
-        Slice(1, 0, "float32", 2, (Piece(2, 2, 4),)),
-        Slice(1, 1, "int32", 1, (Piece(1, 0, 1),)),
+def test_buckets_are_filled_from_the_last_tensor() -> None:
+    specs = [TensorSpec("float32", (n,)) for n in (1, 12, 2, 3, 4)]
+    assert [b.tensors for b in plan(specs, 24, 2).buckets] == [(4, 3), (2, 1), (0,)]
+    assert plan(specs, 24, 2).slices == (
+        Slice(0, 0, "float32", 3, 0, (Piece(4, 0, 3),)),
+        Slice(1, 0, "float32", 4, 0, (Piece(4, 3, 4), Piece(3, 0, 3))),
+        Slice(0, 1, "float32", 4, 64, (Piece(2, 0, 2), Piece(1, 0, 2))),
+        Slice(1, 1, "float32", 5, 64, (Piece(1, 2, 7),)),
+        Slice(0, 2, "float32", 5, 128, (Piece(1, 7, 12),)),
+        Slice(1, 2, "float32", 1, 128, (Piece(0, 0, 1),)),
     )
 
 

@@ -6,10 +6,17 @@ from typing import NamedTuple
 
 
 class TensorSpec(NamedTuple):
-    """Dtype name and shape of one tensor."""
+    """What is known of one tensor before it has values.
+
+    Args:
+        dtype: Name of its dtype.
+        shape: Its shape.
+        by_rows: Whether most of its rows are zero, and it may travel as the others.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    by_rows: bool = False
 
     @property
     def elements(self) -> int:
@@ -29,73 +36,179 @@ class Piece(NamedTuple):
 
 
 class Slice(NamedTuple):
-    """What travels as one message: pieces of tensors of one dtype, one after the other."""
+    """What travels as one message: pieces of tensors of one dtype, one after the other.
+
+    Args:
+        shard: The shard that sums it.
+        index: Its number among the shard's slices of the exchange.
+        dtype: Element type.
+        elements: Number of elements.
+        offset: Byte at which it begins if all of the shard's slices lie in one buffer.
+        pieces: What is in it.
+        row_elements: If not 0, the slice is whole rows of so many elements, and may travel as some
+            of them.
+    """
 
     shard: int
     index: int
     dtype: str
     elements: int
+    offset: int
     pieces: tuple[Piece, ...]
+    row_elements: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return self.elements * ITEM_BYTES[self.dtype]
+
+
+class Bucket(NamedTuple):
+    """Tensors that are sent together, because they are there at about the same time.
+
+    Args:
+        tensors: Their numbers.
+        slices: How they are cut.
+    """
+
+    tensors: tuple[int, ...]
+    slices: tuple[Slice, ...]
 
 
 class Plan(NamedTuple):
     """All slices of an exchange.
 
     Args:
-        slices: The slices, in the order in which they are to be sent.
+        buckets: What is sent, in the order in which backpropagation yields it.
         num_slices: For every shard, how many slices it has.
+        nbytes: For every shard, the size of a buffer that holds all of its slices, those of tables
+            aside.
         layout: Fingerprint of the tensors; equal on workers that may be summed.
+        specs: The tensors.
     """
 
-    slices: tuple[Slice, ...]
+    buckets: tuple[Bucket, ...]
     num_slices: tuple[int, ...]
+    nbytes: tuple[int, ...]
     layout: int
+    specs: tuple[TensorSpec, ...]
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """The slices of all buckets."""
+        return tuple(s for b in self.buckets for s in b.slices)
 
 
-_ITEM_BYTES = {"float32": 4, "float64": 8, "int32": 4, "int64": 8}
+ITEM_BYTES = {"float32": 4, "float64": 8, "int32": 4, "int64": 8, "float16": 2, "bfloat16": 2}
+
+# Slices in one buffer begin at whole cache lines.
+_ALIGNMENT = 64
+
+_BUCKETS = 12
+_LEAST_BUCKET_BYTES = 4 * 2**20
+_MOST_BUCKET_BYTES = 16 * 2**20
+
+# Rows of a table are cut only where the whole table would be too long for a message.
+_TABLE_BYTES = 64 * 2**20
 
 
 def layout_of(items: Sequence[object]) -> int:
     """Returns a 64-bit fingerprint of a list of specs; the same in every process."""
-    text = "\n".join(map(str, items))
+    text = "\n".join(map(str, items)).replace(", by_rows=False", "")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def plan(specs: Sequence[TensorSpec], slice_bytes: int, num_shards: int) -> Plan:
-    """Cuts tensors into slices of at most `slice_bytes`, small tensors sharing one.
+def fitting_bucket_bytes(specs: Sequence[TensorSpec]) -> int:
+    """Returns a good size for buckets: several for what is large, but no small ones.
+
+    A slice costs about half a millisecond of all processes together, whatever its size; and a dozen
+    of them keep all processes busy. Small ones take less memory on their way.
+    """
+    total = sum(s.elements * ITEM_BYTES[s.dtype] for s in specs if not s.by_rows)
+    return min(max(total // _BUCKETS, _LEAST_BUCKET_BYTES), _MOST_BUCKET_BYTES)
+
+
+def plan(specs: Sequence[TensorSpec], bucket_bytes: int | None, num_shards: int) -> Plan:
+    """Fuses small tensors into buckets, cuts large ones, and spreads the slices over shards.
 
     Args:
-        specs: The tensors of the exchange.
-        slice_bytes: Upper bound for the payload of a slice, in bytes.
+        specs: The tensors of the exchange, in the order in which the forward pass uses them.
+        bucket_bytes: Tensors share a bucket until it has this many bytes; a larger one is cut into
+            slices of at most this size. By default `fitting_bucket_bytes`.
         num_shards: Over how many shards the slices are spread, evenly by bytes.
 
     Returns:
         A `Plan`. Tensors without elements are in no slice.
     """
-    groups: list[tuple[str, list[Piece]]] = []
-    for dtype in dict.fromkeys(s.dtype for s in specs):
-        capacity = max(1, slice_bytes // _ITEM_BYTES[dtype])
-        pieces: list[Piece] = []
-        free = capacity
-        for number, spec in enumerate(specs):
-            start = 0
-            while spec.dtype == dtype and start < spec.elements:
-                stop = min(spec.elements, start + free)
-                pieces.append(Piece(number, start, stop))
-                free -= stop - start
-                start = stop
-                if not free:
-                    groups.append((dtype, pieces))
-                    pieces, free = [], capacity
-        if pieces:
-            groups.append((dtype, pieces))
+    if bucket_bytes is None:
+        bucket_bytes = fitting_bucket_bytes(specs)
     loads = [0] * num_shards
+    ends = [0] * num_shards
     counts = [0] * num_shards
-    slices = []
-    for dtype, pieces in groups:
-        shard = loads.index(min(loads))
-        elements = sum(p.stop - p.start for p in pieces)
-        slices.append(Slice(shard, counts[shard], dtype, elements, tuple(pieces)))
-        loads[shard] += elements * _ITEM_BYTES[dtype]
-        counts[shard] += 1
-    return Plan(tuple(slices), tuple(counts), layout_of(specs))
+    buckets = []
+    for dtype, tensors in _fused(specs, bucket_bytes):
+        row = _row_elements(specs[tensors[0]])
+        most = max(1, bucket_bytes // ITEM_BYTES[dtype])
+        if row:
+            most = max(1, _TABLE_BYTES // (row * ITEM_BYTES[dtype])) * row
+        slices = []
+        for pieces in _cut([(t, specs[t].elements) for t in tensors], most, row or 1):
+            shard = loads.index(min(loads))
+            elements = sum(p.stop - p.start for p in pieces)
+            slices.append(Slice(shard, counts[shard], dtype, elements, ends[shard], pieces, row))
+            nbytes = -(-elements * ITEM_BYTES[dtype] // _ALIGNMENT) * _ALIGNMENT
+            loads[shard] += nbytes
+            ends[shard] += 0 if row else nbytes
+            counts[shard] += 1
+        buckets.append(Bucket(tuple(tensors), tuple(slices)))
+    return Plan(tuple(buckets), tuple(counts), tuple(ends), layout_of(specs), tuple(specs))
+
+
+def _row_elements(spec: TensorSpec) -> int:
+    """Returns how many elements a row has of a tensor that may travel by rows, else 0."""
+    return spec.elements // spec.shape[0] if spec.by_rows and spec.elements else 0
+
+
+def _fused(specs: Sequence[TensorSpec], bucket_bytes: int) -> list[tuple[str, list[int]]]:
+    """Returns the tensors of each bucket, those first that backpropagation yields first."""
+    done, open_ = [], {}
+    for number in reversed(range(len(specs))):
+        dtype = specs[number].dtype
+        if specs[number].by_rows:
+            done.append((dtype, [number]))
+            continue
+        tensors, size = open_.get(dtype, ([], 0))
+        tensors.append(number)
+        size += specs[number].elements * ITEM_BYTES[dtype]
+        open_[dtype] = (tensors, size)
+        if size >= bucket_bytes:
+            done.append((dtype, tensors))
+            del open_[dtype]
+    return done + [(dtype, tensors) for dtype, (tensors, _) in open_.items()]
+
+
+def _cut(tensors: Sequence[tuple[int, int]], most: int, unit: int) -> list[tuple[Piece, ...]]:
+    """Cuts tensors into slices of about the same size.
+
+    Args:
+        tensors: Number and elements of each.
+        most: How many elements a slice has at most.
+        unit: Slices have a multiple of so many elements.
+    """
+    total = sum(elements for _, elements in tensors)
+    num_slices = -(-total // most)
+    slices: list[tuple[Piece, ...]] = []
+    pieces: list[Piece] = []
+    taken = 0
+    for number, elements in tensors:
+        start = 0
+        while start < elements:
+            end = (len(slices) + 1) * (total // unit) // num_slices * unit
+            stop = min(elements, start + end - taken)
+            pieces.append(Piece(number, start, stop))
+            taken += stop - start
+            start = stop
+            if taken == end:
+                slices.append(tuple(pieces))
+                pieces = []
+    return slices
