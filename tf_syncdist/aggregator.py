@@ -8,6 +8,8 @@ import threading
 from absl import app, flags
 
 from tf_syncdist.aggregation.server import AggregatorServer
+from tf_syncdist.cluster.huge_pages import restart_with_huge_pages
+from tf_syncdist.transport.allocator import keep_freed_memory
 
 _PORT = flags.DEFINE_integer("port", 0, "Port to listen on; 0 picks a free one and prints it.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
@@ -30,6 +32,7 @@ def _say(text: str) -> None:
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Expected flags only. Received: {argv[1:]}.")
+    keep_freed_memory(one_arena=True)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -63,4 +66,5 @@ def _watch(fd: int, server: AggregatorServer, stop: threading.Event) -> None:
 
 
 if __name__ == "__main__":
+    restart_with_huge_pages()
     app.run(main)

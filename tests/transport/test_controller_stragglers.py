@@ -226,7 +226,8 @@ def test_a_worker_late_in_some_slices_still_takes_part_in_the_next_exchange(serv
     service = serve(3, b=1, timeout_seconds=3)
     first, second, third = service.workers()
     way = plan([TensorSpec("float32", (3, 5))], 24, 1)
-    some = way._replace(slices=way.slices[:1])
+    (bucket,) = way.buckets
+    some = way._replace(buckets=(bucket._replace(slices=bucket.slices[:1]),))
     third.session.send(0, 0, some, [np.ones((3, 5), "f4")])
     service.until(lambda: third.session.report().workers[2].delays)
     sites = [w.site() for w in (first, second)]

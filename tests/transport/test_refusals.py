@@ -20,7 +20,7 @@ WAY = plan([TensorSpec("float32", (4,))], 100, 1)
 FOUR = np.ones(4, "<f4").tobytes()
 GOOD = {"num_slices": 1, "dtype": pb.FLOAT32, "elements": 4, "layout": WAY.layout}
 JOB = {
-    "protocol": 2,
+    "protocol": 3,
     "num_workers": 2,
     "num_shards": 1,
     "cutoff": '{"class_name": "FullSync", "config": {}}',
@@ -118,7 +118,8 @@ def test_another_shape_or_dtype_is_refused_and_both_are_named(
         (said(run_finished=pb.RunFinished(fate=77)), "fate=77"),
         (said(b"1234567", gather=pb.Gather(kind=pb.METRICS)), "7 bytes"),
         (said(gather=pb.Gather()), "kind=0"),
-        (said(state_chunk=pb.StateChunk()), "worker=1"),
+        (said(state_chunk=pb.StateChunk()), "variable 0 of 0"),
+        (said(state_chunk=pb.StateChunk(num_variables=1)), "worker=1"),
         (said(state_request=pb.StateRequest()), "further than worker 1"),
         (hello(), "Hello once"),
         (b"", "body"),
@@ -126,7 +127,7 @@ def test_another_shape_or_dtype_is_refused_and_both_are_named(
         (b"\x92\x01\x00", "body"),
         (said(b"abc", goodbye=pb.Goodbye()) + said(goodbye=pb.Goodbye()), "last field"),
     ],
-    ids=range(22),
+    ids=range(23),
 )
 def test_other_nonsense_is_refused_with_a_reason(started: tuple, message: bytes, why: str) -> None:
     address, session, _ = started

@@ -9,7 +9,15 @@ from tf_syncdist.transport import wire
 # Every worker's stream holds a thread of the server.
 MAX_WORKERS = 1000
 
-_SAME_FOR_ALL = ("num_workers", "cutoff", "num_shards", "shard", "history_rounds", "history_bytes")
+_SAME_FOR_ALL = (
+    "num_workers",
+    "cutoff",
+    "num_shards",
+    "shard",
+    "history_rounds",
+    "history_bytes",
+    "deterministic",
+)
 
 
 def invalid(details: str) -> Refused:

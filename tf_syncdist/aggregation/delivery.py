@@ -1,10 +1,13 @@
 """Sums of contributions on their way to the workers: who is sent which result when."""
 
-import numpy as np
+import collections
 
 from tf_syncdist.aggregation import sums
+from tf_syncdist.aggregation.memory import Block, ResultMemory
 from tf_syncdist.aggregation.outbox import Streams
-from tf_syncdist.aggregation.rounds import Closed, Progress, Rounds, RunOver, SliceKey
+from tf_syncdist.aggregation.rounds import Closed, Progress, RoundError, Rounds, RunOver, SliceKey
+from tf_syncdist.aggregation.slots import Slot
+from tf_syncdist.aggregation.tables import TableSlot
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
@@ -14,55 +17,113 @@ WINDOW_RUNS = 4
 
 
 class Delivery:
-    """Adds contributions, keeps results, and sends them to every worker within its window.
+    """Keeps sums and results, and sends results to every worker within its window.
+
+    A slice goes through `claim`, `settle` for every claim, and `close`; when all of that has
+    happened it is one of the `next_ready`, has to be finished, and is then to be published. Only
+    adding and finishing happen without the job's lock.
 
     Args:
         streams: The connected workers.
         rounds: Decides what is added, closed and kept.
+        memory: Shared memory for results.
+        in_order: Whether sums are made in the order of the workers.
     """
 
-    def __init__(self, streams: Streams, rounds: Rounds) -> None:
+    def __init__(
+        self, streams: Streams, rounds: Rounds, memory: ResultMemory, in_order: bool
+    ) -> None:
         self._streams = streams
         self._rounds = rounds
-        self._totals: dict[SliceKey, np.ndarray] = {}
-        self._specs: dict[SliceKey, pb.Contribution] = {}
-        self._results: dict[int, list[bytes]] = {}
+        self._memory = memory
+        self._in_order = in_order
+        self._slots: dict[SliceKey, Slot | TableSlot] = {}
+        self._ready: collections.deque[Slot | TableSlot] = collections.deque()
+        self._closed_runs: set[int] = set()
+        self._results: dict[int, list[Slot | TableSlot]] = {}
+        # Blocks of runs that are no longer kept, and the workers that may be reading them.
+        self._lingering: list[tuple[int, set[int], list[Block]]] = []
 
-    def add(self, key: SliceKey, message: pb.Contribution, values: np.ndarray) -> None:
-        """Adds a worker's values to a slice."""
-        self._totals[key] = sums.add(self._totals.get(key), values)
-        self._specs[key] = message
+    def check(self, key: SliceKey, message: pb.Contribution, worker: int) -> None:
+        """Checks what the rounds do not look at.
 
-    def published(self, run: int) -> bool:
-        """Returns whether any result of a run that is kept has been sent to workers."""
-        return run in self._results
-
-    def send_closed(self, closed: tuple[Closed, ...]) -> None:
-        """Sends the results of slices that have just been closed."""
-        for key, contributors, _ in closed:
-            total = self._totals.pop(key)
-            spec = self._specs.pop(key)
-            total = sums.scale(total, len(contributors), self._rounds.replicas_to_aggregate)
-            result = pb.Result(
-                run=key.run,
-                exchange=key.exchange,
-                slice=key.slice,
-                num_slices=spec.num_slices,
-                contributors=contributors,
+        Raises:
+            RoundError: If workers disagree about the rows of a slice.
+        """
+        slot = self._slots.get(key)
+        agreed = slot.row_elements if isinstance(slot, TableSlot) else 0
+        if agreed and message.row_elements not in (0, agreed):
+            raise RoundError(
+                f"Expected rows of {agreed} elements in slice {key.slice} of run {key.run}, as "
+                f"another worker sent. Received: rows of {message.row_elements} from worker "
+                f"{worker}. Build the same model on every worker."
             )
-            message = wire.encode(pb.ToWorker(result=result), memoryview(total).cast("B"))
-            self._results.setdefault(key.run, []).append(message)
-            for worker, outbox in self._streams.items():
-                if self._is_near(worker, key.run):
-                    outbox.put(message)
+
+    def claim(self, key: SliceKey, message: pb.Contribution) -> Slot | TableSlot:
+        """Returns where values are to be added that were accepted for a slice."""
+        slot = self._slots.get(key)
+        if slot is None and message.row_elements:
+            slot = self._slots[key] = TableSlot(message, self._in_order)
+        if slot is None:
+            block = None
+            if any(outbox.opened is not None for outbox in self._streams.values()):
+                nbytes = message.elements * sums.DTYPES[message.dtype][0].itemsize
+                block = self._memory.take(nbytes, message.num_slices)
+            slot = Slot(message, block, self._rounds.num_workers, self._in_order)
+            self._slots[key] = slot
+        slot.claims += 1
+        return slot
+
+    def is_turn(self, worker: int, key: SliceKey) -> bool:
+        """Returns whether all values of a slice have been added that come before a worker's."""
+        slot = self._slots.get(key)
+        added = slot.added if slot is not None else ()
+        return all(w in added for w in self._rounds.to_come(key.run) if w < worker)
+
+    def settle(self, slot: Slot | TableSlot, worker: int) -> None:
+        """Takes note that a worker's values have been added."""
+        slot.claims -= 1
+        slot.added.add(worker)
+        if slot.closed is not None and not slot.claims:
+            self._ready.append(slot)
+
+    def close(self, closed: tuple[Closed, ...]) -> None:
+        """Takes note that nothing more is accepted for slices."""
+        for one in closed:
+            slot = self._slots.pop(one.key)
+            slot.closed = one
+            self._closed_runs.add(one.key.run)
+            if not slot.claims:
+                self._ready.append(slot)
+
+    def next_ready(self) -> Slot | TableSlot | None:
+        """Returns a slice that is to be finished and published."""
+        return self._ready.popleft() if self._ready else None
+
+    def publish(self, slot: Slot | TableSlot) -> None:
+        """Sends the result of a slice."""
+        run = slot.closed.key.run
+        self._results.setdefault(run, []).append(slot)
+        for worker, outbox in self._streams.items():
+            if self._is_near(worker, run):
+                outbox.put(slot.result(outbox.opened or ()))
+
+    def closed(self, run: int) -> bool:
+        """Returns whether any slice of a run that is kept is closed."""
+        return run in self._closed_runs
 
     def progress(self, worker: int, progress: Progress) -> None:
         """Acts on a run that a worker has finished."""
         for over in progress.over:
             self._announce(over)
         for run in progress.evicted:
-            self._results.pop(run, None)
+            self._forget(run)
+        self._release(worker, self._rounds.position(worker))
         self._send_stored(worker, self._rounds.position(worker) + WINDOW_RUNS - 1)
+
+    def leave(self, worker: int) -> None:
+        """Takes note that a worker reads no results any more."""
+        self._release(worker, None)
 
     def _announce(self, over: RunOver) -> None:
         """Tells everybody that a run is over, and whose window has held it that all is sent."""
@@ -73,15 +134,17 @@ class Delivery:
             for sent in (False, True)
         ]
         for worker, outbox in self._streams.items():
-            outbox.put(both[self._is_near(worker, over.run)])
+            if self._rounds.position(worker) <= over.run:
+                outbox.put(both[self._is_near(worker, over.run)])
 
     def _send_stored(self, worker: int, run: int) -> None:
         """Sends a run that has just come into a worker's window."""
         if run < self._rounds.kept_from:
             self._streams.tell(worker, pb.ToWorker(history_gone=pb.HistoryGone(run=run)))
             return
-        for message in self._results.get(run, ()):
-            self._streams[worker].put(message)
+        outbox = self._streams[worker]
+        for slot in self._results.get(run, ()):
+            outbox.put(slot.result(outbox.opened or ()))
         if run < self._rounds.runs_announced:
             exchanges = self._rounds.exchanges(run)
             over = pb.RunOver(run=run, exchanges=exchanges, sent=True)
@@ -89,3 +152,29 @@ class Delivery:
 
     def _is_near(self, worker: int, run: int) -> bool:
         return run < self._rounds.position(worker) + WINDOW_RUNS
+
+    def _forget(self, run: int) -> None:
+        self._closed_runs.discard(run)
+        blocks = [slot.block for slot in self._results.pop(run, ()) if slot.block is not None]
+        readers = {
+            worker
+            for worker, outbox in self._streams.items()
+            if outbox.opened is not None
+            and self._rounds.position(worker) <= run
+            and self._is_near(worker, run)
+        }
+        self._lingering.append((run, readers, blocks))
+        self._release(-1, None)
+
+    def _release(self, worker: int, position: int | None) -> None:
+        """Uses the blocks again that were kept for a worker, now at a position or gone."""
+        kept = []
+        for run, readers, blocks in self._lingering:
+            if position is None or position > run:
+                readers.discard(worker)
+            if readers:
+                kept.append((run, readers, blocks))
+                continue
+            for block in blocks:
+                self._memory.give_back(block)
+        self._lingering = kept

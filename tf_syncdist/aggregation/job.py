@@ -9,17 +9,26 @@ import grpc
 import numpy as np
 
 from tf_syncdist import cutoff
-from tf_syncdist.aggregation import admission, sums
+from tf_syncdist.aggregation import admission, contributions, counters, sums
 from tf_syncdist.aggregation.admission import invalid
 from tf_syncdist.aggregation.delivery import WINDOW_RUNS, Delivery
 from tf_syncdist.aggregation.endings import Ended, Endings
 from tf_syncdist.aggregation.gathers import GatherKey, Gathers, Part
-from tf_syncdist.aggregation.manifests import Variable
+from tf_syncdist.aggregation.memory import ResultMemory, WorkerMemory
 from tf_syncdist.aggregation.outbox import Outbox, Refused, Streams
-from tf_syncdist.aggregation.rounds import Fate, RoundError, Rounds, SliceKey, SliceSpec, Verdict
-from tf_syncdist.aggregation.states import States
+from tf_syncdist.aggregation.relays import StateRelay
+from tf_syncdist.aggregation.rounds import (
+    Closed,
+    Fate,
+    RoundError,
+    Rounds,
+    SliceKey,
+    SliceSpec,
+    Verdict,
+)
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
+from tf_syncdist.transport.segments import host_id
 
 _NOTICE_SECONDS = 10.0
 
@@ -44,9 +53,13 @@ class Job:
         self._clock = clock
         self._on_event = on_event
         self._lock = threading.Lock()
+        # Where sums are made in order, whose turn it is may have changed.
+        self._turned = threading.Condition(self._lock)
         self._hello: pb.Hello | None = None
         self._seed = random.SystemRandom().getrandbits(63)
         self._streams = Streams()
+        self._memories: dict[int, WorkerMemory] = {}
+        self._host = host_id()
         self._present: set[int] = set()
         self._alone_since: float | None = None
         self._over_at: tuple[int, int] | None = None
@@ -78,8 +91,12 @@ class Job:
                     f"Expected every worker of a job to connect once. Received: worker={worker}, "
                     f"which {there}. Start one process per task, and a new service per job.",
                 )
-            outbox = self._streams[worker] = Outbox()
-            welcome = pb.Welcome(job_seed=self._seed, window_runs=WINDOW_RUNS)
+            shares = bool(hello.host) and hello.host == self._host
+            outbox = self._streams[worker] = Outbox(shares)
+            self._memories[worker] = WorkerMemory()
+            welcome = pb.Welcome(
+                job_seed=self._seed, window_runs=WINDOW_RUNS, host=self._host if shares else ""
+            )
             outbox.put(wire.encode(pb.ToWorker(welcome=welcome)))
             self._catch_up(worker)
             self._on_event(f"worker {worker} joined ({len(self._streams)} of {hello.num_workers})")
@@ -94,11 +111,19 @@ class Job:
         try:
             header, payload = wire.decode(pb.ToAggregator, data)
             body = header.WhichOneof("body")
-            with self._lock:
-                handler = getattr(self, f"_on_{body}", None)
-                if handler is None:
-                    raise invalid(f"Expected Hello once. Received: {body} from worker {worker}.")
-                handler(worker, getattr(header, body), payload, data)
+            if body == "contribution":
+                self._contribute(worker, header.contribution, payload)
+            else:
+                with self._lock:
+                    if worker not in self._streams:
+                        # It was lost while this was on its way.
+                        return
+                    handler = getattr(self, f"_on_{body}", None)
+                    if handler is None:
+                        there = f"Received: {body} from worker {worker}."
+                        raise invalid(f"Expected Hello once. {there}")
+                    handler(worker, getattr(header, body), payload, data)
+            self._publish()
         except (wire.WireError, RoundError) as e:
             raise invalid(str(e)) from e
 
@@ -109,11 +134,9 @@ class Job:
             if outbox is None:
                 return
             outbox.close()
-            for request in self._states.drop(worker):
-                try:
-                    self._ask_for_state(request.receiver, None, request.level_will_do)
-                except Refused as e:
-                    self._streams[request.receiver].close(e)
+            self._memories.pop(worker)
+            self._turned.notify_all()
+            self._relay.drop(worker)
             if worker in self._present:
                 text = f"worker {worker} is gone ({why}); going on without it"
                 self._on_event(text)
@@ -121,6 +144,7 @@ class Job:
                 self._streams.tell_all(pb.ToWorker(notice=pb.Notice(text=text)))
             if not self._present and not self._streams:
                 self.done.set()
+        self._publish()
 
     def tick(self) -> None:
         """Lets time pass: asks the cutoff policy again and says for whom a round waits."""
@@ -128,35 +152,21 @@ class Job:
             if self._hello is None:
                 return
             now = self._clock()
-            self._delivery.send_closed(self._rounds.tick(now))
+            self._close(self._rounds.tick(now))
             self._close_gathers(now)
             self._say_who_is_missing(now)
             # Workers that never came, or died before they could, must not keep the service.
             self._alone_since = None if self._streams else self._alone_since or now
             if self._alone_since is not None and now - self._alone_since > _ALONE_SECONDS:
                 self.done.set()
+        self._publish()
 
     def report(self) -> pb.ReportReply:
         """Returns the counters of the job."""
         with self._lock:
             if self._hello is None:
                 return pb.ReportReply()
-            return pb.ReportReply(
-                rounds=self._rounds.rounds,
-                workers=[
-                    pb.WorkerReport(
-                        worker=index,
-                        contributed=counts.fates[Fate.CONTRIBUTED],
-                        late=counts.fates[Fate.LATE],
-                        partly_used=counts.partly_used,
-                        replayed=counts.replayed,
-                        missed=counts.fates[Fate.MISSED],
-                        mean_delay_seconds=counts.mean_delay_seconds,
-                        delays=counts.delays,
-                    )
-                    for index, counts in enumerate(self._rounds.counts)
-                ],
-            )
+            return counters.reply(self._rounds)
 
     # Starting.
 
@@ -168,12 +178,21 @@ class Job:
             )
         except ValueError as e:
             raise invalid(str(e)) from e
-        self._delivery = Delivery(self._streams, self._rounds)
+        if hello.deterministic and self._rounds.replicas_to_aggregate != hello.num_workers:
+            raise invalid(
+                "Expected a policy that waits for all workers, because sums are to be made in "
+                f"their order. Received: cutoff={hello.cutoff}."
+            )
+        memory = ResultMemory(self._streams.tell_sharers, self._on_event)
+        self._memory = memory
+        self._delivery = Delivery(self._streams, self._rounds, memory, hello.deterministic)
         self._gathers = Gathers(hello.num_workers, policy, self._rounds.begun)
         self._endings = Endings(
             hello.num_workers, self._rounds.replicas_to_aggregate, self._rounds.begun
         )
-        self._states = States(hello.num_workers)
+        self._relay = StateRelay(
+            hello.num_workers, self._streams, self._rounds.position, self._on_event
+        )
         self._present = set(range(hello.num_workers))
         self._gathered: dict[GatherKey, np.ndarray] = {}
         self._gather_results: dict[GatherKey, bytes] = {}
@@ -193,32 +212,87 @@ class Job:
             tell(worker, _end_proposal(asked.input_pass, asked.run))
         for message in self._gather_results.values():
             self._streams[worker].put(message)
+        for segment in self._memory.offers() if self._streams[worker].opened is not None else ():
+            tell(worker, pb.ToWorker(segment=segment))
 
     # Messages.
 
-    def _on_contribution(
-        self, worker: int, message: pb.Contribution, payload: memoryview, data: bytes
-    ) -> None:
-        dtype = sums.DTYPES.get(message.dtype)
-        if dtype is None or message.elements * dtype.itemsize != payload.nbytes:
-            raise invalid(
-                f"Expected {message.elements} value(s) of a known dtype. Received: "
-                f"dtype={message.dtype}, {payload.nbytes} bytes for slice {message.slice} of run "
-                f"{message.run} from worker {worker}."
-            )
+    def _contribute(self, worker: int, message: pb.Contribution, payload: memoryview) -> None:
+        """Adds a worker's values to a slice; the adding itself does not hold the lock."""
+        in_memory = message.HasField("location")
+        values = contributions.read(message, payload, self._memories.get(worker), worker)
         key = SliceKey(message.run, message.exchange, message.slice)
         name = pb.DataType.Name(message.dtype).lower()
         spec = SliceSpec(message.num_slices, name, message.elements, message.layout)
-        receipt = self._rounds.contribute(worker, key, spec, self._clock())
-        if receipt.verdict is Verdict.ADD:
-            self._delivery.add(key, message, np.frombuffer(payload, dtype))
-        self._decide_end()
-        self._delivery.send_closed(receipt.closed)
-        if self._gathers.waiting:
-            self._close_gathers(self._clock())
+        with self._lock:
+            # Values that lie in the worker's memory can wait there, at no cost for the service.
+            while (
+                self._hello.deterministic
+                and not in_memory
+                and worker in self._streams
+                and self._rounds.is_open(worker, key, spec)
+                and not self._delivery.is_turn(worker, key)
+            ):
+                self._turned.wait(1.0)
+            if worker not in self._streams:
+                return
+            self._delivery.check(key, message, worker)
+            receipt = self._rounds.contribute(worker, key, spec, self._clock())
+            slot = None
+            if receipt.verdict is Verdict.ADD:
+                slot = self._delivery.claim(key, message)
+            self._decide_end()
+            self._close(receipt.closed)
+            if self._gathers.waiting:
+                self._close_gathers(self._clock())
+        if slot is not None:
+            slot.add(worker, values, in_turn=not in_memory)
+            with self._lock:
+                self._delivery.settle(slot, worker)
+                if self._hello.deterministic:
+                    self._turned.notify_all()
+
+    def _publish(self) -> None:
+        """Sends the results that are complete; making them does not hold the lock."""
+        while self._hello is not None:
+            with self._lock:
+                slot = self._delivery.next_ready()
+            if slot is None:
+                return
+            slot.finish(self._rounds.replicas_to_aggregate)
+            with self._lock:
+                self._delivery.publish(slot)
+
+    def _close(self, closed: tuple[Closed, ...]) -> None:
+        """Closes slices, after something that may also have changed whose turn it is."""
+        self._delivery.close(closed)
+        self._turned.notify_all()
+
+    def _on_segment(self, worker: int, message: pb.Segment, *_: object) -> None:
+        if self._streams[worker].opened is None:
+            raise invalid(
+                "Expected memory from workers of the service's own host only. Received: segment "
+                f"{message.id} from worker {worker}, which has not said that it is one."
+            )
+        answer = self._memories[worker].open(message)
+        if answer.error:
+            self._on_event(f"worker {worker} sends over gRPC: {answer.error}")
+        self._streams.tell(worker, pb.ToWorker(segment_answer=answer))
+
+    def _on_segment_answer(self, worker: int, message: pb.SegmentAnswer, *_: object) -> None:
+        outbox = self._streams[worker]
+        if outbox.opened is None or not self._memory.has(message.id):
+            raise invalid(
+                "Expected the answer to a segment that was offered. Received: segment "
+                f"{message.id} from worker {worker}."
+            )
+        if message.error:
+            self._on_event(f"worker {worker} receives over gRPC: {message.error}")
+        else:
+            outbox.opened.add(message.id)
 
     def _on_late(self, worker: int, message: pb.LateContribution, *_: object) -> None:
-        self._delivery.send_closed(self._rounds.late(worker, message.run, self._clock()))
+        self._close(self._rounds.late(worker, message.run, self._clock()))
         self._close_gathers(self._clock())
 
     def _on_run_finished(self, worker: int, message: pb.RunFinished, *_: object) -> None:
@@ -242,12 +316,18 @@ class Job:
                 "Expected float64 values and what they are gathered for. Received: "
                 f"{payload.nbytes} bytes, kind={message.kind}, from worker {worker}."
             )
+        if message.run > self._rounds.begun(worker):
+            raise invalid(
+                f"Expected a gather after at most {self._rounds.begun(worker)} run(s), which "
+                f"worker {worker} has begun. Received: run={message.run}."
+            )
         values = np.frombuffer(payload, "<f8")
         key = GatherKey(message.kind, message.serial)
         part = Part(message.run, message.layout, values.size, tuple(message.hashes), message.stop)
         now = self._clock()
         if self._gathers.contribute(worker, key, part, now):
-            self._gathered[key] = sums.add(self._gathered.get(key), values)
+            total = self._gathered.setdefault(key, np.zeros(values.size))
+            sums.add(total, None, values)
         self._close_gathers(now)
 
     def _on_stop_wish(self, worker: int, message: pb.StopWish, *_: object) -> None:
@@ -273,41 +353,32 @@ class Job:
         if end is not None:
             self._streams.tell(worker, _end_of_data(end))
         self._decide_end()
-        self._delivery.send_closed(closed)
+        self._close(closed)
 
     def _on_enter_pass(self, worker: int, message: pb.EnterPass, *_: object) -> None:
         self._enter_pass(message.input_pass)
 
     def _on_manifest(self, worker: int, message: pb.Manifest, *_: object) -> None:
-        variables = [Variable(v.name, v.dtype, tuple(v.shape)) for v in message.variables]
-        verdict, chunks = self._states.manifest(worker, message.run, variables)
-        self._tell_verdict(message.run, verdict, chunks)
+        self._relay.manifest(worker, message)
 
     def _on_state_chunk(
         self, worker: int, message: pb.StateChunk, payload: memoryview, data: bytes
     ) -> None:
-        # The field numbers of a chunk differ between the two directions, so it is wrapped anew.
-        relayed = wire.encode(pb.ToWorker(state_chunk=message), payload)
-        last = (
-            message.variable + 1 == message.num_variables
-            and message.offset + payload.nbytes == message.total
-        )
-        if not message.request:
-            if self._states.start_chunk(worker, message.run, relayed, last):
-                self._relay(relayed)
-            return
-        receiver = self._states.chunk(worker, message.request, last)
-        if receiver in self._streams:
-            self._streams[receiver].put(relayed)
+        self._relay.chunk(worker, message, payload)
 
     def _on_state_request(self, worker: int, message: pb.StateRequest, *_: object) -> None:
         # A giver can answer between two runs only, so no round may wait for the receiver.
-        self._delivery.send_closed(self._rounds.suspend(worker, self._clock()))
+        self._close(self._rounds.suspend(worker, self._clock()))
         if not self._hello.shard:
             named = message.HasField("giver")
-            self._ask_for_state(worker, message.giver if named else None, level_will_do=named)
+            self._relay.ask(worker, message.giver if named else None, level_will_do=named)
 
     def _on_goodbye(self, worker: int, message: pb.Goodbye, *_: object) -> None:
+        if message.reason not in pb.Leave.values():
+            raise invalid(
+                f"Expected a reason to leave. Received: reason={message.reason} from worker "
+                f"{worker}."
+            )
         reason = pb.Leave.Name(message.reason).lower()
         self._on_event(f"worker {worker} left after {message.run} run(s): {reason}")
         # A program that ends before its first run says nothing about how long the job is. The
@@ -324,12 +395,12 @@ class Job:
         self._present.discard(worker)
         self._gathers.leave(worker)
         self._endings.leave(worker)
+        self._delivery.leave(worker)
         closed = self._rounds.leave(worker, self._clock())
         self._decide_end()
-        self._delivery.send_closed(closed)
+        self._close(closed)
         self._close_gathers(self._clock())
-        for run, verdict, chunks in self._states.leave(worker):
-            self._tell_verdict(run, verdict, chunks)
+        self._relay.leave(worker)
         if not self._present:
             self._streams.tell_all(pb.ToWorker(all_gone=pb.AllGone()))
             if not self._streams:
@@ -343,7 +414,7 @@ class Job:
         """
         if self._hello.shard:
             return
-        for decision in self._endings.decide(self._rounds.runs_over, self._delivery.published):
+        for decision in self._endings.decide(self._rounds.runs_over, self._delivery.closed):
             if isinstance(decision, Ended):
                 self._on_event(f"input pass {decision.input_pass} ends at run {decision.run}")
                 self._streams.tell_all(_end_of_data(decision))
@@ -395,33 +466,6 @@ class Job:
         run, worker = self._stops[fit]
         return pb.ToWorker(stop_at=pb.StopAt(fit=fit, run=run, worker=worker))
 
-    def _tell_verdict(self, run: int, verdict: str | None, chunks: list[bytes]) -> None:
-        if verdict is None:
-            return
-        self._on_event(verdict or f"all workers train the same variables from run {run} on")
-        verdict_message = pb.ManifestVerdict(run=run, error=verdict)
-        self._streams.tell_all(pb.ToWorker(manifest_verdict=verdict_message))
-        for chunk in chunks if not verdict else ():
-            self._relay(chunk)
-
-    def _relay(self, message: bytes) -> None:
-        for worker, outbox in self._streams.items():
-            if worker != 0:
-                outbox.put(message)
-
-    def _ask_for_state(self, receiver: int, wanted: int | None, level_will_do: bool) -> None:
-        found = self._states.request(
-            receiver, self._streams, self._rounds.position, wanted, level_will_do
-        )
-        if found is None:
-            raise invalid(
-                f"Expected a connected worker that is further than worker {receiver}, to take over "
-                "its state. Received: a request while there is none (any more)."
-            )
-        request, giver = found
-        self._on_event(f"worker {giver} gives its state to worker {receiver}")
-        self._streams.tell(giver, pb.ToWorker(give_state=pb.GiveState(request=request)))
-
     def _say_who_is_missing(self, now: float) -> None:
         waits = {}
         run = self._rounds.runs_over
@@ -430,7 +474,7 @@ class Job:
             waits[f"round {run}: {count} of {self._rounds.replicas_to_aggregate} contributions"] = (
                 missing
             )
-        for run, absent in self._states.waiting_for().items():
+        for run, absent in self._relay.waiting_for().items():
             waits[f"the variables before run {run}"] = absent
         self._waiting_since = {w: self._waiting_since.get(w, now) for w in waits}
         for what, workers in waits.items():

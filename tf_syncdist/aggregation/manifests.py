@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+# Whatever a worker says, an error is to stay short.
+_MOST_SHOWN = 200
+
 
 class Variable(NamedTuple):
     """Name, dtype and shape of one variable."""
@@ -12,7 +15,8 @@ class Variable(NamedTuple):
     shape: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.dtype}, shape {list(self.shape)})"
+        shape = str(list(self.shape[:_MOST_SHOWN]))
+        return f"{self.name[:_MOST_SHOWN]} ({self.dtype[:_MOST_SHOWN]}, shape {shape})"
 
 
 def first_difference(manifests: Mapping[int, Sequence[Variable]]) -> str:

@@ -1,7 +1,6 @@
 """What the service has to say to the workers, to each of them in order."""
 
-import collections
-import threading
+import queue
 from collections.abc import Iterator
 
 import grpc
@@ -9,11 +8,19 @@ import grpc
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
+# gRPC sends no status whose text is longer than some thousand bytes.
+_MOST_DETAILS = 1500
+
 
 class Refused(Exception):
     """A message that the service refuses; the stream ends with this status."""
 
     def __init__(self, code: grpc.StatusCode, details: str) -> None:
+        if len(details) > _MOST_DETAILS:
+            half = _MOST_DETAILS // 2
+            details = f"{details[:half]} [...] {details[-half:]}"
+        # It may name what a worker has said, which need not be text that can be sent.
+        details = details.encode(errors="backslashreplace").decode()
         super().__init__(details)
         self.code = code
         self.details = details
@@ -24,45 +31,47 @@ class Outbox:
 
     It holds references only: an aggregated slice is one buffer for all receivers. The rounds'
     window bounds how much can stand in it.
+
+    Args:
+        shares: Whether the worker wants to share memory with the service.
+
+    Attributes:
+        opened: The service's segments that the worker can read; `None` if it shares none.
     """
 
-    def __init__(self) -> None:
-        self._messages: collections.deque[bytes] = collections.deque()
-        self._changed = threading.Condition()
+    def __init__(self, shares: bool = False) -> None:
+        self.opened: set[int] | None = set() if shares else None
+        # `None` says that nothing more comes.
+        self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closed = False
         self._refusal: Refused | None = None
 
     def put(self, message: bytes) -> None:
         """Appends a message; does nothing once closed."""
-        with self._changed:
-            if not self._closed:
-                self._messages.append(message)
-                self._changed.notify()
+        if not self._closed:
+            self._messages.put(message)
 
     def close(self, refusal: Refused | None = None) -> None:
         """Ends the stream after what is queued, or at once with a status. May be called twice."""
-        with self._changed:
-            if refusal is not None and self._refusal is None:
-                self._refusal = refusal
-                self._messages.clear()
-            self._closed = True
-            self._changed.notify()
+        self._refusal = self._refusal or refusal
+        self._closed = True
+        self._messages.put(None)
 
-    def drain(self, poll_seconds: float = 1.0) -> Iterator[bytes]:
+    def drain(self, poll_seconds: float = 60.0) -> Iterator[bytes]:
         """Yields messages until closed.
 
         Raises:
             Refused: If the stream was closed with a status.
         """
         while True:
-            with self._changed:
-                while not self._messages and not self._closed:
-                    self._changed.wait(poll_seconds)
-                if self._refusal is not None:
-                    raise self._refusal
-                if not self._messages:
-                    return
-                message = self._messages.popleft()
+            try:
+                message = self._messages.get(timeout=poll_seconds)
+            except queue.Empty:
+                continue
+            if self._refusal is not None:
+                raise self._refusal
+            if message is None:
+                return
             yield message
 
 
@@ -73,6 +82,13 @@ class Streams(dict[int, Outbox]):
         """Says something to a worker, if it is connected."""
         if worker in self:
             self[worker].put(wire.encode(message))
+
+    def tell_sharers(self, segment: pb.Segment) -> None:
+        """Offers a segment to the workers that share memory with the service."""
+        data = wire.encode(pb.ToWorker(segment=segment))
+        for outbox in self.values():
+            if outbox.opened is not None:
+                outbox.put(data)
 
     def tell_all(self, message: pb.ToWorker) -> None:
         """Says something to everybody."""

@@ -8,6 +8,7 @@ import enum
 from typing import NamedTuple
 
 from tf_syncdist.cutoff import CutoffPolicy, SliceView
+from tf_syncdist.propagation.slices import ITEM_BYTES
 
 
 class Fate(enum.IntEnum):
@@ -194,9 +195,24 @@ class Rounds:
         arrivals = self._runs[run].arrivals if run in self._runs else {}
         return sorted(self._present - set(arrivals) - self._abstained.get(run, set()))
 
+    def to_come(self, run: int) -> set[int]:
+        """Returns the workers from which values for a run may come, or have come."""
+        return self._present - self._suspended - self._abstained.get(run, set())
+
     def arrived(self, run: int) -> int:
         """Returns how many workers have sent something for a run that is not over."""
         return len(self._runs[run].arrivals) if run in self._runs else 0
+
+    def is_open(self, worker: int, key: SliceKey, spec: SliceSpec) -> bool:
+        """Returns whether values of a worker are to be expected in a slice, as far as is known."""
+        at = self._positions[worker]
+        if worker not in self._present or key.run != at or at < self._over:
+            return False
+        exchanges = self._runs[at].exchanges if at in self._runs else {}
+        state = exchanges.get(key.exchange, {}).get(key.slice)
+        if state is None:
+            return key.slice < spec.num_slices
+        return state.spec == spec and not state.closed and worker not in state.contributors
 
     # What happens.
 
@@ -415,30 +431,27 @@ class Rounds:
             counts.delays += 1
 
     def _decide(self, key: SliceKey, run: _Run, state: _Slice, now: float) -> Closed | None:
-        to_come = self._present - self._suspended - self._abstained.get(key.run, set())
         view = SliceView(
             now=now,
             opened_at=min(run.arrivals.values(), default=now),
             contributions=len(state.contributors),
-            possible=len(to_come | set(state.contributors)),
+            possible=len(self.to_come(key.run) | set(state.contributors)),
             num_workers=self.num_workers,
         )
         decision = self._policy.decide(view)
         if not decision.close:
             return None
         state.closed = True
-        run.bytes += state.spec.elements * _ITEM_BYTES[state.spec.dtype]
+        run.bytes += state.spec.elements * ITEM_BYTES[state.spec.dtype]
         return Closed(key, tuple(state.contributors), decision.reason)
 
     def _check_all_closed(self, worker: int, run: int, exchanges: int) -> None:
         known = self._runs[run].exchanges if run in self._runs else {}
-        for exchange in range(exchanges):
-            slices = known.get(exchange, {})
-            num_slices = next((s.spec.num_slices for s in slices.values()), None)
-            # A shard without any slice of this exchange knows nothing about it.
-            if num_slices is not None and (
-                len(slices) < num_slices or not all(s.closed for s in slices.values())
-            ):
+        # A shard without any slice of an exchange knows nothing about it.
+        for exchange in sorted(e for e in known if e < exchanges):
+            slices = known[exchange]
+            num_slices = next(iter(slices.values())).spec.num_slices
+            if len(slices) < num_slices or not all(s.closed for s in slices.values()):
                 raise RoundError(
                     f"Expected all slices of exchange {exchange} in run {run} to be closed before "
                     f"the run is finished. Received: exchanges={exchanges} from worker {worker}, "
@@ -481,6 +494,3 @@ class Rounds:
 
 def _any_closed(slices: dict[int, _Slice]) -> bool:
     return any(s.closed for s in slices.values())
-
-
-_ITEM_BYTES = {"float32": 4, "float64": 8, "int32": 4, "int64": 8}

@@ -9,6 +9,7 @@ import time
 from typing import NoReturn
 
 from tf_syncdist.cluster.addresses import is_loopback
+from tf_syncdist.cluster.huge_pages import with_huge_pages
 from tf_syncdist.cluster.roles import ClusterRole
 from tf_syncdist.errors import AggregatorUnreachableError, ClusterConfigError
 
@@ -46,7 +47,7 @@ def environment() -> dict[str, str]:
     root = str(pathlib.Path(__file__).resolve().parents[2])
     paths = [root, *env.get("PYTHONPATH", "").split(os.pathsep)]
     env["PYTHONPATH"] = os.pathsep.join(p for p in dict.fromkeys(paths) if p)
-    return env
+    return with_huge_pages(env)
 
 
 def become_aggregator(role: ClusterRole, insecure: bool) -> NoReturn:

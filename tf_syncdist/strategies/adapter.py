@@ -91,7 +91,10 @@ class Hooks:
         return False
 
     def all_reduce(self, reduce_op: tf.distribute.ReduceOp, values: list) -> list:
-        """Reduces values, already summed over this worker's devices, over all workers."""
+        """Reduces values, already summed over this worker's devices, over all workers.
+
+        `tf.IndexedSlices` come from a worker with one device only; their result is a tensor.
+        """
         del reduce_op
         return values
 
@@ -193,7 +196,12 @@ class WorkerReplicaContext(tf.distribute.ReplicaContext):
 
             return self._reduce(reduce_op, values), gradient
 
-        flat = [tf.convert_to_tensor(v) for v in tf.nest.flatten(value)]
+        flat = tf.nest.flatten(value)
+        if self._inner is None and any(map(_is_table, flat)):
+            # They come from a gradient, so nobody differentiates further.
+            flat = [v if _is_table(v) else tf.convert_to_tensor(v) for v in flat]
+            return tf.nest.pack_sequence_as(value, self._hooks.all_reduce(reduce_op, flat))
+        flat = [tf.convert_to_tensor(v) for v in flat]
         reduced = reduce(*flat) if flat else []
         reduced = list(reduced) if isinstance(reduced, list | tuple) else [reduced]
         return tf.nest.pack_sequence_as(value, reduced)
@@ -219,6 +227,17 @@ class WorkerReplicaContext(tf.distribute.ReplicaContext):
             return self._hooks.all_reduce(reduce_op, total)
 
         return self._merge(reduce, tuple(values), {})
+
+
+def _is_table(value: Any) -> bool:
+    """Returns whether a value is rows of a table whose shape is known."""
+    return (
+        isinstance(value, tf.IndexedSlices)
+        and not tf.executing_eagerly()
+        and value.shape.rank is not None
+        and value.shape.rank > 1
+        and value.shape.is_fully_defined()
+    )
 
 
 class WorkerExtended(_MirroredExtended):

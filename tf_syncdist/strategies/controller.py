@@ -9,8 +9,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from tf_syncdist.propagation.slices import Plan, TensorSpec, plan
+from tf_syncdist.propagation.rows import Rows
+from tf_syncdist.propagation.slices import Bucket, Plan, TensorSpec, plan
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.strategies.buffers import Buffers
 from tf_syncdist.transport.session import Session, State
 
 
@@ -95,7 +97,7 @@ class RunController:
     Args:
         session: The connection to the service.
         store: The common variables.
-        slice_bytes: Upper bound for the payload of a message, in bytes.
+        bucket_bytes: See `SyncReplicasStrategy`.
         on_begin: Called at the start of every training run.
         on_notice: Called with a line for the user.
         clock: Returns the time in seconds; monotonic.
@@ -105,7 +107,7 @@ class RunController:
         self,
         session: Session,
         store: StateStore,
-        slice_bytes: int,
+        bucket_bytes: int | None,
         on_begin: Callable[[], None],
         on_notice: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
@@ -115,7 +117,8 @@ class RunController:
         self.is_running = False
         self._session = session
         self._store = store
-        self._slice_bytes = slice_bytes
+        self._bucket_bytes = bucket_bytes
+        self._buffers = Buffers()
         self._on_begin = on_begin
         self._on_notice = on_notice
         self._clock = clock
@@ -139,6 +142,14 @@ class RunController:
         self._first_end: float | None = None
         self._last_end = 0.0
 
+    def plan(self, specs: Sequence[TensorSpec]) -> Plan:
+        """Returns how the tensors of an exchange are cut."""
+        specs = tuple(specs)
+        if specs not in self._plans:
+            shards = len(self._session.config.addresses)
+            self._plans[specs] = plan(specs, self._bucket_bytes, shards)
+        return self._plans[specs]
+
     # Called by the graph, in this order.
 
     def begin(self, site: RunSite) -> Mode:
@@ -157,17 +168,36 @@ class RunController:
 
     def exchange(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Gives this worker's values for the next exchange of the run and returns the result."""
+        way = self.plan([TensorSpec(a.dtype.name, a.shape) for a in arrays])
+        return self.exchange_last(way, 0, [arrays[t] for b in way.buckets for t in b.tensors])
+
+    def offer(self, way: Plan, number: int, arrays: Sequence[np.ndarray]) -> None:
+        """Gives this worker's values for one bucket of the next exchange, as soon as it has them.
+
+        Args:
+            way: How the exchange is cut.
+            number: Of the bucket.
+            arrays: The bucket's tensors, in its order. One that travels by rows is two arrays: the
+                numbers of the rows, and the rows.
+        """
         with _recorded(self):
-            number, self._exchange = self._exchange, self._exchange + 1
-            way = self._plan(arrays)
+            self._send(way, way.buckets[number : number + 1], arrays)
+
+    def exchange_last(
+        self, way: Plan, number: int, arrays: Sequence[np.ndarray]
+    ) -> list[np.ndarray]:
+        """Gives the values for what has not been offered, and returns the result of the exchange.
+
+        Args:
+            way: How the exchange is cut.
+            number: The first bucket that has not been offered.
+            arrays: The tensors of this and later buckets, in their order.
+        """
+        with _recorded(self):
+            self._send(way, way.buckets[number:], arrays)
+            exchange, self._exchange = self._exchange, self._exchange + 1
             computes = self._mode is Mode.COMPUTE and not self._substitute
-            if computes and not self._withheld:
-                if self._session.exchanges_of(self.run) is not None:
-                    self._session.send_late(self.run)
-                    self._late = True
-                else:
-                    self._session.send(self.run, number, way, arrays)
-            return self._receive(number, way, arrays, computes)
+            return self._receive(exchange, way, computes)
 
     def withhold(self) -> None:
         """Keeps back what this worker would give in later exchanges of the run."""
@@ -180,8 +210,7 @@ class RunController:
         """Returns the stored result of the next exchange of a run that is replayed."""
         with _recorded(self):
             number, self._exchange = self._exchange, self._exchange + 1
-            likes = [np.empty(s.shape, s.dtype) for s in specs]
-            return self._receive(number, self._plan(likes), likes, False)
+            return self._receive(number, self.plan(specs), False)
 
     def finish(self, site: RunSite, outputs: Sequence[np.ndarray] | None) -> None:
         """Ends a run. `outputs` are kept for later replays of the site."""
@@ -356,27 +385,44 @@ class RunController:
         self._store.assign(state.values)
         self._resume_at = state.run
 
-    def _plan(self, arrays: Sequence[np.ndarray]) -> Plan:
-        specs = tuple(TensorSpec(a.dtype.name, a.shape) for a in arrays)
-        if specs not in self._plans:
-            shards = len(self._session.config.addresses)
-            self._plans[specs] = plan(specs, self._slice_bytes, shards)
-        return self._plans[specs]
+    def _send(self, way: Plan, buckets: Sequence[Bucket], arrays: Sequence[np.ndarray]) -> None:
+        if self._mode is not Mode.COMPUTE or self._substitute or self._withheld:
+            return
+        if self._session.exchanges_of(self.run) is not None:
+            if not self._late:
+                self._session.send_late(self.run)
+            self._late = True
+        else:
+            self._session.send(
+                self.run, self._exchange, way, _by_number(way, buckets, arrays), buckets
+            )
 
-    def _receive(
-        self, number: int, way: Plan, likes: Sequence[np.ndarray], computes: bool
-    ) -> list[np.ndarray]:
-        results = [np.empty(a.shape, a.dtype) for a in likes]
+    def _receive(self, number: int, way: Plan, computes: bool) -> list[np.ndarray]:
+        results = self._buffers.take(way.specs)
         found = self._session.receive(self.run, number, way, results)
         if found is None:
             # The service heard so late of this run that it had forgotten the results. What the
             # run makes of zeros is overwritten by another worker's state when it ends.
             self._lost = True
-            return [np.zeros(a.shape, a.dtype) for a in likes]
+            return [np.zeros(s.shape, s.dtype) for s in way.specs]
         used, total = found
         if computes and used < total:
             self._late = True
         return results
+
+
+def _by_number(
+    way: Plan, buckets: Sequence[Bucket], arrays: Sequence[np.ndarray]
+) -> dict[int, np.ndarray | Rows]:
+    found: dict[int, np.ndarray | Rows] = {}
+    remaining = iter(arrays)
+    for tensor in (t for bucket in buckets for t in bucket.tensors):
+        array = next(remaining)
+        if way.specs[tensor].by_rows:
+            values = next(remaining)
+            array = Rows(array.astype(np.int64), values.reshape(len(array), -1))
+        found[tensor] = array
+    return found
 
 
 class _recorded:

@@ -31,25 +31,17 @@ class Membership:
 
     Args:
         role: What this process is.
-        cutoff: The cutoff policy, serialized.
+        config: What it tells the service.
         insecure: Whether the service may listen beyond loopback without TLS.
         print_report: Whether worker 0 prints the job's report at the end.
-        connect_timeout_seconds: How long to wait for the service.
-        timeout_seconds: How long to wait for other workers.
-        history_rounds: Results are kept for at least this many rounds.
-        history_bytes: And for more, while they need at most this many bytes.
     """
 
     def __init__(
         self,
         role: ClusterRole,
-        cutoff: str,
+        config: SessionConfig,
         insecure: bool,
         print_report: bool,
-        connect_timeout_seconds: float,
-        timeout_seconds: float,
-        history_rounds: int,
-        history_bytes: int,
     ) -> None:
         self.role = role
         self.failed = False
@@ -59,17 +51,7 @@ class Membership:
         self._closed = False
         self._child: ChildAggregator | None = None
         if not role.aggregators and role.task_index == 0:
-            self._child = ChildAggregator(role.address, insecure, connect_timeout_seconds)
-        config = SessionConfig(
-            addresses=role.service_addresses,
-            worker=role.task_index,
-            num_workers=role.num_workers,
-            cutoff=cutoff,
-            history_rounds=history_rounds,
-            history_bytes=history_bytes,
-            connect_timeout_seconds=connect_timeout_seconds,
-            timeout_seconds=timeout_seconds,
-        )
+            self._child = ChildAggregator(role.address, insecure, config.connect_timeout_seconds)
         try:
             # What the service has to tell concerns everybody; one worker prints it.
             self.session = Session(config, say if role.task_index == 0 else _log.info)

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,8 +20,8 @@ from tf_syncdist.strategies import adapter, traces
 from tf_syncdist.strategies.controller import Mode, RunController
 from tf_syncdist.strategies.variables import VariableRegistry, is_local
 
-# float16 and bfloat16 are widened, so that sums are made in float32.
-_WIRE_DTYPES = {
+# What is summed as what.
+_SUM_DTYPES = {
     tf.float16: tf.float32,
     tf.bfloat16: tf.float32,
     tf.float32: tf.float32,
@@ -43,6 +43,7 @@ class Site:
         variables: Variables that it uses; `None` if that is unknown.
         written: Those of them that it writes; `None` if that is unknown.
         exchanges: For each exchange, in which conditions and loops it is.
+        tables: For each exchange, which of its values are given as some rows.
         replayed_exchanges: The same of a replay.
         shared_updates: Traced updates, which the computed run and its replay have in common.
         updates: Optimizers in their order, with the variables that each of them updates.
@@ -66,6 +67,7 @@ class Site:
     def reset(self) -> None:
         """Forgets what was found; TensorFlow traces again when variables were created."""
         self.exchanges: list[tuple[str, ...]] = []
+        self.tables: list[list[bool]] = []
         self.replayed_exchanges: list[tuple[str, ...]] = []
         self.updates: Updates = []
         self.scalers: dict[int, object] = {}
@@ -95,6 +97,7 @@ class Runs(adapter.Hooks):
         stays_local: Tells whether exchanges stay within this worker now (evaluate and predict).
         registry: Remembers the variables made under the strategy's scope.
         on_traced: Is told of every site, once it is known what it does.
+        compression: What float32 values become for the way.
     """
 
     def __init__(
@@ -106,6 +109,7 @@ class Runs(adapter.Hooks):
         stays_local: Callable[[], bool],
         registry: VariableRegistry,
         on_traced: Callable[[Site], None],
+        compression: tf.DType | None = None,
     ) -> None:
         self.controller: RunController | None = None
         self.strategy = strategy
@@ -114,6 +118,7 @@ class Runs(adapter.Hooks):
         self._replicas = replicas
         self._worker = worker
         self._needs_all = needs_all
+        self._compression = compression
         self.registry = registry
         self._current = threading.local()
         self._outside = False
@@ -235,7 +240,7 @@ class Runs(adapter.Hooks):
         return self.controller is not None and self.site is not None and not self.stays_local()
 
     def all_reduce(self, reduce_op: tf.distribute.ReduceOp, values: list) -> list:
-        return self._all_reduce(reduce_op, values, self._exchange_fn())
+        return self._all_reduce(reduce_op, values, self._exchange)
 
     def _all_reduce(
         self, reduce_op: tf.distribute.ReduceOp, values: list, exchange: Callable
@@ -243,13 +248,20 @@ class Runs(adapter.Hooks):
         site = self.site
         if site.is_probe:
             raise _TrainingFound
-        wire = [self._widen(v) for v in values]
+        wire = [self._as_sent(v) for v in values]
+        if not all(v.shape.is_fully_defined() for v in wire):
+            wire = [tf.convert_to_tensor(v) for v in wire]
         found = site.replayed_exchanges if site.replaying else site.exchanges
+        number = len(found)
         found.append(traces.nesting(site.root))
         if site.replaying:
-            results = self._emit(site, self._stored_fn(wire), [], wire)
+            tables = site.tables[number] if number < len(site.tables) else ()
+            results = self._emit(site, self._stored_fn(wire, tables), [], wire)
         else:
-            results = self._emit(site, exchange, wire, wire)
+            site.tables.append([isinstance(v, tf.IndexedSlices) for v in wire])
+            results = exchange(site, wire)
+        # Narrow values are widened before anything is computed with them.
+        results = [tf.cast(r, _SUM_DTYPES[v.dtype]) for r, v in zip(results, values, strict=True)]
         scale = self._replicas if reduce_op == tf.distribute.ReduceOp.MEAN else 1
         return [
             tf.cast(r if scale == 1 else r / tf.cast(scale, r.dtype), v.dtype)
@@ -261,7 +273,7 @@ class Runs(adapter.Hooks):
             return finite
         not_finite = tf.cast([tf.logical_not(finite)], tf.int32)
         (total,) = self._all_reduce(
-            tf.distribute.ReduceOp.SUM, [not_finite], self._exchange_of_flag_fn()
+            tf.distribute.ReduceOp.SUM, [not_finite], self._exchange_of_flag
         )
         # A replay has to go through the outer optimizer.
         self.site.scalers[id(optimizer.inner_optimizer)] = optimizer
@@ -307,13 +319,40 @@ class Runs(adapter.Hooks):
 
     # How.
 
-    def _widen(self, value: tf.Tensor) -> tf.Tensor:
-        if value.dtype not in _WIRE_DTYPES:
+    def _as_sent(self, value: tf.Tensor) -> tf.Tensor:
+        if value.dtype not in _SUM_DTYPES:
             raise TypeError(
                 f"Expected all_reduce of floats or integers. Received: a tensor of dtype "
                 f"{value.dtype.name} ({value}). Cast it before the exchange."
             )
-        return tf.cast(value, _WIRE_DTYPES[value.dtype])
+        if isinstance(value, tf.IndexedSlices):
+            return tf.IndexedSlices(self._as_sent(value.values), value.indices, value.dense_shape)
+        dtype = _SUM_DTYPES[value.dtype]
+        return tf.cast(
+            value, self._compression if dtype == tf.float32 and self._compression else dtype
+        )
+
+    def _exchange(self, site: Site, wire: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Emits an exchange; what backpropagation yields first is sent first."""
+        give = self._in_run(self.controller.exchange)
+        if tf.executing_eagerly() or not all(v.shape.is_fully_defined() for v in wire):
+            return self._emit(site, give, wire, wire)
+        way = self.controller.plan(
+            [
+                TensorSpec(v.dtype.name, tuple(v.shape), isinstance(v, tf.IndexedSlices))
+                for v in wire
+            ]
+        )
+        last = max(len(way.buckets) - 1, 0)
+        for number, bucket in enumerate(way.buckets[:last]):
+            give = self._in_run(functools.partial(self.controller.offer, way, number))
+            self._emit(site, give, _parts(wire[t] for t in bucket.tensors), ())
+        give = self._in_run(functools.partial(self.controller.exchange_last, way, last))
+        inputs = _parts(wire[t] for bucket in way.buckets[last:] for t in bucket.tensors)
+        return self._emit(site, give, inputs, wire)
+
+    def _exchange_of_flag(self, site: Site, wire: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        return self._emit(site, self._exchange_of_flag_fn(), wire, wire)
 
     def _emit(
         self, site: Site, fn: Callable, inputs: Sequence[tf.Tensor], likes: Sequence[tf.Tensor]
@@ -328,14 +367,17 @@ class Runs(adapter.Hooks):
             results = tf.numpy_function(
                 fn, inputs, [v.dtype for v in likes], name=traces.EXCHANGE_NAME
             )
+        if not likes:
+            site.last_exchange = results
+            return []
         results = list(results) if isinstance(results, list | tuple) else [results]
         for result, like in zip(results, likes, strict=True):
             result.set_shape(like.shape)
         site.last_exchange = results[0].op
         return results
 
-    def _exchange_fn(self) -> Callable:
-        def exchange(*arrays: Any) -> list[np.ndarray]:
+    def _in_run(self, give: Callable[[Sequence[np.ndarray]], Any]) -> Callable:
+        def exchange(*arrays: Any) -> Any:
             if not self.controller.is_running:
                 self._outside = True
                 raise RuntimeError(
@@ -343,12 +385,12 @@ class Runs(adapter.Hooks):
                     "of it, in a tf.function that was traced within. Call that function in the "
                     "one that is given to strategy.run."
                 )
-            return self.controller.exchange([np.asarray(a) for a in arrays])
+            return give([np.asarray(a) for a in arrays])
 
         return exchange
 
     def _exchange_of_flag_fn(self) -> Callable:
-        give = self._exchange_fn()
+        give = self._in_run(self.controller.exchange)
 
         def exchange(not_finite: np.ndarray) -> list[np.ndarray]:
             (total,) = give(not_finite)
@@ -359,9 +401,22 @@ class Runs(adapter.Hooks):
 
         return exchange
 
-    def _stored_fn(self, likes: Sequence[tf.Tensor]) -> Callable:
-        specs = [TensorSpec(v.dtype.name, tuple(v.shape.as_list())) for v in likes]
+    def _stored_fn(self, likes: Sequence[tf.Tensor], tables: Sequence[bool]) -> Callable:
+        if len(tables) != len(likes):
+            tables = [False] * len(likes)
+        specs = [
+            TensorSpec(v.dtype.name, tuple(v.shape.as_list()), by_rows)
+            for v, by_rows in zip(likes, tables, strict=True)
+        ]
         return lambda: self.controller.stored(specs)
+
+
+def _parts(values: Iterable[tf.Tensor | tf.IndexedSlices]) -> list[tf.Tensor]:
+    """Returns tensors as they are, and rows of a table as their numbers and themselves."""
+    parts = []
+    for value in values:
+        parts += [value.indices, value.values] if isinstance(value, tf.IndexedSlices) else [value]
+    return parts
 
 
 def _foreign_change(site: Site, before: dict[int, tuple[tf.Variable, np.ndarray]]) -> str:

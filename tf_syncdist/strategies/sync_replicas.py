@@ -25,8 +25,11 @@ from tf_syncdist.strategies.sources import Source
 from tf_syncdist.strategies.state import CommonState, optimizer_variables
 from tf_syncdist.strategies.stopping import Stopping
 from tf_syncdist.strategies.variables import VariableRegistry
+from tf_syncdist.transport.session import SessionConfig
 
-_MAX_SLICE_BYTES = 64 * 2**20
+_MAX_BUCKET_BYTES = 64 * 2**20
+_TRANSPORTS = ("auto", "grpc", "shared_memory")
+_COMPRESSIONS = {None: None, "float16": tf.float16, "bfloat16": tf.bfloat16}
 
 
 class SyncReplicasStrategy(tf.distribute.Strategy):
@@ -51,7 +54,23 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         cutoff: A policy of `tf_syncdist.cutoff`, in place of `backup_workers`.
         insecure: Whether the service may listen beyond loopback without TLS, on a network that
             you trust. Default: `False`.
-        slice_bytes: How many bytes of gradients travel as one message. Default: 1 MiB.
+        bucket_bytes: Small tensors share a message until it has this many bytes, larger ones are
+            cut; a bucket leaves as soon as backpropagation has yielded it. By default a twelfth
+            of all gradients, at least 4 MiB and at most 16 MiB. A smaller one lets more of the
+            exchange happen during backpropagation, at some CPU time per bucket.
+        transport: How gradients reach the service. "auto" (the default): through shared memory
+            where the service runs on the same machine and memory can be shared with it, else
+            over gRPC. "grpc" and "shared_memory" allow one of them only.
+        compression: "float16" or "bfloat16" halves the bytes of float32 gradients on the wire;
+            `None` (the default) sends them as they are. Sums are made in float32. Each
+            contribution and the sum are rounded once, to 11 significant bits (float16) or 8
+            (bfloat16); float16 is infinite beyond 65504 and loses values below 6e-8. Rounding
+            costs the CPU more than shared memory or a fast network can win back: use it where
+            the network is thin.
+        deterministic: Whether sums are made in the order of the workers, so that two runs of a
+            job end with the same bits. Needs all workers (no backup workers). Default: `False`,
+            in the order of arrival. Over gRPC a worker's values wait in its own outbox until it
+            is their turn.
         history_rounds: Results are kept for at least this many rounds for workers that are
             behind. Default: 4.
         history_bytes: And for more rounds, while they need at most this many bytes. Default:
@@ -87,7 +106,10 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         *,
         cutoff: CutoffPolicy | None = None,
         insecure: bool = False,
-        slice_bytes: int = 2**20,
+        bucket_bytes: int | None = None,
+        transport: str = "auto",
+        compression: str | None = None,
+        deterministic: bool = False,
         history_rounds: int = 4,
         history_bytes: int = 512 * 2**20,
         connect_timeout_seconds: float = 30.0,
@@ -95,10 +117,16 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         print_report: bool = True,
     ) -> None:
         policy = _policy(backup_workers, cutoff)
-        if not 1 <= slice_bytes <= _MAX_SLICE_BYTES:
+        if bucket_bytes is not None and not 1 <= bucket_bytes <= _MAX_BUCKET_BYTES:
             raise ValueError(
-                f"`slice_bytes` must be from 1 to {_MAX_SLICE_BYTES}. "
-                f"Received: slice_bytes={slice_bytes}. Around 1 MiB is fastest."
+                f"`bucket_bytes` must be from 1 to {_MAX_BUCKET_BYTES}. "
+                f"Received: bucket_bytes={bucket_bytes}. Leave it out if in doubt."
+            )
+        if transport not in _TRANSPORTS:
+            raise ValueError(f"`transport` must be one of {_TRANSPORTS}. Received: {transport!r}.")
+        if compression not in _COMPRESSIONS:
+            raise ValueError(
+                f"`compression` must be one of {_COMPRESSIONS}. Received: {compression!r}."
             )
         if history_rounds < 0 or history_bytes < 0:
             raise ValueError(
@@ -107,6 +135,11 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             )
         role = roles.resolve(cluster_resolver)
         self._aggregate = policy.replicas_to_aggregate(role.num_workers)
+        if deterministic and self._aggregate != role.num_workers:
+            raise ValueError(
+                "`deterministic` needs the contributions of all workers: which ones are late is a "
+                f"matter of time. Received: deterministic=True, {policy}. Use backup_workers=0."
+            )
         self._role = role
         self._cluster_resolver_given = cluster_resolver
         self._member: Membership | None = None
@@ -114,16 +147,19 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             become_aggregator(role, insecure)
         devices = adapter.local_devices()
         if role.num_workers > 1:
-            self._member = Membership(
-                role,
-                serialize(policy),
-                insecure,
-                print_report,
-                connect_timeout_seconds,
-                timeout_seconds,
-                history_rounds,
-                history_bytes,
+            config = SessionConfig(
+                addresses=role.service_addresses,
+                worker=role.task_index,
+                num_workers=role.num_workers,
+                cutoff=serialize(policy),
+                history_rounds=history_rounds,
+                history_bytes=history_bytes,
+                connect_timeout_seconds=connect_timeout_seconds,
+                timeout_seconds=timeout_seconds,
+                transport=transport,
+                deterministic=deterministic,
             )
+            self._member = Membership(role, config, insecure, print_report)
         self._registry = VariableRegistry()
         self._runs = Runs(
             self,
@@ -133,6 +169,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             self._is_local,
             self._registry,
             self._on_traced,
+            _COMPRESSIONS[compression],
         )
         self._lifted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         first_replica = role.task_index * len(devices)
@@ -140,13 +177,13 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         self._collective_key_base = next(self._collective_keys)
         super().__init__(adapter.WorkerExtended(self, devices, first_replica, self._runs))
         if self._member is not None:
-            self._start(slice_bytes)
+            self._start(bucket_bytes)
         keras_calls.install(self)
 
-    def _start(self, slice_bytes: int) -> None:
+    def _start(self, bucket_bytes: int | None) -> None:
         session = self._member.session
         state = CommonState(self._registry)
-        self._controller = RunController(session, state, slice_bytes, self._before_run, say)
+        self._controller = RunController(session, state, bucket_bytes, self._before_run, say)
         self._epochs = EpochExchange(
             session, state, lambda: self._controller.runs_done, self._controller.mend
         )

@@ -10,6 +10,9 @@ from tf_syncdist.errors import AggregatorUnreachableError, ServiceError
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
+# What is sent: a message, or what makes it when it is its turn; `None` sends nothing.
+Outgoing = bytes | Callable[[], bytes | None]
+
 OnMessage = Callable[[pb.ToWorker, memoryview], None]
 
 
@@ -43,7 +46,7 @@ class Connection:
         self._welcomed = threading.Event()
         self._failure: ServiceError | None = None
         self.welcome: pb.Welcome | None = None
-        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
         self._channel = grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
         try:
             grpc.channel_ready_future(self._channel).result(timeout_seconds)
@@ -71,7 +74,7 @@ class Connection:
             self.close()
             raise self._failure
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: Outgoing) -> None:
         """Queues a message; never blocks."""
         self._outgoing.put(message)
 
@@ -104,7 +107,12 @@ class Connection:
                 continue
             if message is None:
                 return
-            yield message
+            data = message if isinstance(message, bytes) else message()
+            # What is sent may be large, and the next message may be long in coming.
+            del message
+            if data is not None:
+                yield data
+            del data
 
     def _read(self) -> None:
         try:

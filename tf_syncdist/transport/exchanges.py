@@ -1,13 +1,17 @@
 """A worker's values on their way to the service, and the results on their way back."""
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from tf_syncdist.errors import ServiceError
-from tf_syncdist.propagation.slices import Plan
+from tf_syncdist.propagation import rows
+from tf_syncdist.propagation.rows import Rows
+from tf_syncdist.propagation.slices import Bucket, Plan, Slice
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
+from tf_syncdist.transport.allocator import keep_freed_memory
 from tf_syncdist.transport.link import Link, SessionConfig
 
 _DTYPE_NUMBERS = {
@@ -15,6 +19,8 @@ _DTYPE_NUMBERS = {
     "float64": pb.FLOAT64,
     "int32": pb.INT32,
     "int64": pb.INT64,
+    "float16": pb.FLOAT16,
+    "bfloat16": pb.BFLOAT16,
 }
 
 
@@ -60,17 +66,34 @@ class Exchanging(Link):
             self._wait(settled, f"the stored result of round {run}")
             return run not in self._gone
 
-    def send(self, run: int, exchange: int, plan: Plan, arrays: Sequence[np.ndarray]) -> None:
-        """Sends this worker's values of an exchange.
+    def send(
+        self,
+        run: int,
+        exchange: int,
+        plan: Plan,
+        arrays: Mapping[int, np.ndarray | Rows] | Sequence[np.ndarray | Rows],
+        buckets: Sequence[Bucket] | None = None,
+    ) -> None:
+        """Sends this worker's values of some buckets of an exchange.
 
         Args:
             run: The run.
             exchange: Number of the exchange in the run.
             plan: How the tensors are cut.
-            arrays: The tensors; they may be overwritten as soon as this returns.
+            arrays: The tensors by their numbers, those that travel by rows as `Rows`. They must
+                stay as they are until the result has come.
+            buckets: What is sent; everything by default.
         """
-        flat = [np.ascontiguousarray(a).reshape(-1) for a in arrays]
-        for part in plan.slices:
+        buckets = plan.buckets if buckets is None else buckets
+        tensors = [t for bucket in buckets for t in bucket.tensors]
+        flat: dict[int, np.ndarray | Rows] = {}
+        for tensor in tensors:
+            array = arrays[tensor]
+            if isinstance(array, Rows):
+                flat[tensor] = rows.unique(array)
+            else:
+                flat[tensor] = np.ascontiguousarray(array).reshape(-1)
+        for part in (s for bucket in buckets for s in bucket.slices):
             header = pb.Contribution(
                 run=run,
                 exchange=exchange,
@@ -80,9 +103,51 @@ class Exchanging(Link):
                 elements=part.elements,
                 layout=plan.layout,
             )
-            pieces = [memoryview(flat[p.tensor][p.start : p.stop]).cast("B") for p in part.pieces]
-            message = wire.encode(pb.ToAggregator(contribution=header), *pieces)
+            if part.row_elements:
+                message = functools.partial(self._table, header, part, flat)
+                self._connections[part.shard].send(message)
+                continue
+            lent = self._lend(part.shard, run, exchange, plan.nbytes[part.shard])
+            if lent is None:
+                message = functools.partial(self._inline, header, part, flat)
+            else:
+                header.location.segment, data = lent
+                header.location.offset = part.offset
+                _copy_in(part, flat, data[part.offset : part.offset + part.nbytes])
+                message = wire.encode(pb.ToAggregator(contribution=header))
             self._connections[part.shard].send(message)
+
+    def _inline(
+        self, header: pb.Contribution, part: Slice, flat: Mapping[int, np.ndarray]
+    ) -> bytes | None:
+        """Returns a contribution with its values in the message, unless the run is over."""
+        with self._changed:
+            if self._is_over(header.run):
+                return None
+        keep_freed_memory()
+        frame: wire.Frame[pb.ToAggregator] = wire.Frame(part.nbytes)
+        _copy_in(part, flat, frame.payload)
+        return frame.seal(pb.ToAggregator(contribution=header))
+
+    def _table(
+        self, header: pb.Contribution, part: Slice, flat: Mapping[int, np.ndarray | Rows]
+    ) -> bytes | None:
+        """Returns a slice of a table as some rows or, if that is smaller, as the whole of it."""
+        with self._changed:
+            if self._is_over(header.run):
+                return None
+        ((tensor, start, stop),) = part.pieces
+        table = flat[tensor]
+        if isinstance(table, Rows):
+            first, last = start // part.row_elements, stop // part.row_elements
+            table = rows.between(table, first, last)
+            if table.nbytes < part.nbytes:
+                header.row_elements = part.row_elements
+                return wire.encode(pb.ToAggregator(contribution=header), *rows.pack(table))
+            table = rows.dense(table, last - first).reshape(-1)
+        else:
+            table = table[start:stop]
+        return wire.encode(pb.ToAggregator(contribution=header), table.view(np.uint8))
 
     def send_late(self, run: int) -> None:
         """Tells the service that this worker has values for a run which come too late."""
@@ -113,36 +178,47 @@ class Exchanging(Link):
             return next((over[run] for over in self._over if run in over), None)
 
         def there() -> bool:
-            come = len(self._results.get(key, ())) >= wanted or run in self._gone
-            return come or (known() is not None and exchange >= known())
+            if self._results.get(key) or run in self._gone:
+                return True
+            return known() is not None and exchange >= known()
 
-        with self._changed:
-            self._wait(there, f"the result of round {run}")
-            slices = self._results.get(key, {})
-            if len(slices) < wanted:
-                if known() is not None and exchange >= known():
-                    raise ServiceError(
-                        "Every worker must execute the same exchanges in a run. Expected "
-                        f"{known()} of them in run {run}, as the worker had that ended it. "
-                        f"Received: one more on worker {self.config.worker}. Run the same program "
-                        "everywhere, and let no branch of it depend on the worker."
-                    )
-                return None
+        flat = [a.reshape(-1) for a in arrays]
+        left = list(plan.slices)
         used = 0
-        for part in plan.slices:
-            payload, contributors = slices[part.shard, part.index]
-            values = np.frombuffer(payload, np.dtype(part.dtype).newbyteorder("<"))
-            if values.size != part.elements:
-                raise ServiceError(
-                    f"Expected {part.elements} values for slice {part.index} of exchange "
-                    f"{exchange} in round {run}. Received: {values.size}. Every worker must run "
-                    "the same program with the same versions."
-                )
-            start = 0
-            for tensor, first, stop in part.pieces:
-                arrays[tensor].reshape(-1)[first:stop] = values[start : start + stop - first]
-                start += stop - first
-            used += self.config.worker in contributors
+        while left:
+            with self._changed:
+                self._wait(there, f"the result of round {run}")
+                slices = self._results.get(key, {})
+                come = [part for part in left if (part.shard, part.index) in slices]
+                if not come:
+                    if known() is not None and exchange >= known():
+                        raise ServiceError(
+                            "Every worker must execute the same exchanges in a run. Expected "
+                            f"{known()} of them in run {run}, as the worker had that ended it. "
+                            f"Received: one more on worker {self.config.worker}. Run the same "
+                            "program everywhere, and let no branch of it depend on the worker."
+                        )
+                    return None
+                found = [slices.pop((part.shard, part.index)) for part in come]
+            # What has come is copied while the rest is on its way.
+            for part, (payload, contributors, row_elements) in zip(come, found, strict=True):
+                if row_elements:
+                    _scatter(part, payload, flat)
+                elif len(payload) != part.nbytes:
+                    raise ServiceError(
+                        f"Expected {part.nbytes} bytes for slice {part.index} of exchange "
+                        f"{exchange} in round {run}. Received: {len(payload)}. Every worker must "
+                        "run the same program with the same versions."
+                    )
+                else:
+                    _copy_out(part, payload, flat)
+                used += self.config.worker in contributors
+            left = [part for part in left if part not in come]
+        with self._changed:
+            self._results.pop(key, None)
+            for lending in self._lending:
+                if lending is not None:
+                    lending.done(run, exchange)
         return used, wanted
 
     def finish(self, run: int, exchanges: int, fate: int) -> None:
@@ -157,6 +233,9 @@ class Exchanging(Link):
                 over.pop(run, None)
                 sent.discard(run)
             self._gone.discard(run)
+            for lending in self._lending:
+                if lending is not None:
+                    lending.done(run)
 
     # How.
 
@@ -171,7 +250,13 @@ class Exchanging(Link):
     def _on_result(self, shard: int, message: pb.Result, payload: memoryview) -> None:
         if message.run >= self._finished:
             slices = self._results.setdefault((message.run, message.exchange), {})
-            slices[shard, message.slice] = (payload, tuple(message.contributors))
+            if message.HasField("location"):
+                payload = self._opened[shard].read(message.location, message.bytes)
+            slices[shard, message.slice] = (
+                payload,
+                tuple(message.contributors),
+                message.row_elements,
+            )
 
     def _on_run_over(self, shard: int, message: pb.RunOver, *_: object) -> None:
         if message.run >= self._finished:
@@ -181,3 +266,32 @@ class Exchanging(Link):
 
     def _on_history_gone(self, shard: int, message: pb.HistoryGone, *_: object) -> None:
         self._gone.add(message.run)
+
+
+def _copy_in(part: Slice, flat: Mapping[int, np.ndarray], data: np.ndarray) -> None:
+    """Writes a slice of some tensors into bytes."""
+    start = 0
+    for tensor, first, stop in part.pieces:
+        piece = flat[tensor][first:stop].view(np.uint8)
+        data[start : start + piece.nbytes] = piece
+        start += piece.nbytes
+
+
+def _copy_out(part: Slice, payload: memoryview, flat: Sequence[np.ndarray]) -> None:
+    """Writes the bytes of a slice into tensors."""
+    data = np.frombuffer(payload, np.uint8)
+    start = 0
+    for tensor, first, stop in part.pieces:
+        piece = flat[tensor][first:stop].view(np.uint8)
+        piece[...] = data[start : start + piece.nbytes]
+        start += piece.nbytes
+
+
+def _scatter(part: Slice, payload: memoryview, flat: Sequence[np.ndarray]) -> None:
+    """Writes rows into the table that has no others."""
+    ((tensor, start, stop),) = part.pieces
+    table = flat[tensor][start:stop].reshape(-1, part.row_elements)
+    table.fill(0)
+    data = np.frombuffer(payload, np.uint8)
+    found = rows.unpack(data, table.dtype, part.row_elements, len(table))
+    table[found.indices] = found.values

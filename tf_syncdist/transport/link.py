@@ -6,10 +6,17 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tf_syncdist.errors import SyncDistError, WaitTimeoutError
+import numpy as np
+
+from tf_syncdist.errors import ServiceError, SyncDistError, WaitTimeoutError
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.connection import Connection
+from tf_syncdist.transport.memory import Lending, Opened
+from tf_syncdist.transport.segments import SegmentError, host_id
+
+# Without an answer in this time, and until it comes, values travel in the messages.
+_ANSWER_SECONDS = 2.0
 
 
 class SessionConfig(NamedTuple):
@@ -24,6 +31,8 @@ class SessionConfig(NamedTuple):
         history_bytes: See `SyncReplicasStrategy`.
         connect_timeout_seconds: How long to wait for the service to answer.
         timeout_seconds: How long to wait for other workers.
+        transport: "auto", "grpc" or "shared_memory"; see `SyncReplicasStrategy`.
+        deterministic: See `SyncReplicasStrategy`.
     """
 
     addresses: tuple[str, ...]
@@ -34,6 +43,8 @@ class SessionConfig(NamedTuple):
     history_bytes: int = 512 * 2**20
     connect_timeout_seconds: float = 30.0
     timeout_seconds: float = 600.0
+    transport: str = "auto"
+    deterministic: bool = False
 
 
 class Link:
@@ -56,8 +67,12 @@ class Link:
         self._error: Exception | None = None
         self._connections: list[Connection] = []
         self._open = False
+        self._lending: list[Lending | None] = [None for _ in config.addresses]
+        self._opened = [Opened() for _ in config.addresses]
+        self._told_of_memory = False
+        self._patience = _ANSWER_SECONDS
         # What one shard has had answered before all of them are there.
-        self._early: list[bytes] = []
+        self._early: list[tuple[int | None, bytes]] = []
 
     def report(self) -> pb.ReportReply:
         """Asks the first shard for the job's counters."""
@@ -81,6 +96,9 @@ class Link:
         self.cancel(SyncDistError("The session is closed."))
         for connection in self._connections:
             connection.close()
+        for memory in (*self._lending, *self._opened):
+            if memory is not None:
+                memory.close()
 
     # How.
 
@@ -88,6 +106,7 @@ class Link:
         """Opens the streams; messages are handled from then on."""
         config = self.config
         incarnation = random.SystemRandom().getrandbits(63)
+        host = "" if config.transport == "grpc" else host_id()
         for shard, address in enumerate(config.addresses):
             hello = pb.Hello(
                 protocol=wire.PROTOCOL,
@@ -99,6 +118,8 @@ class Link:
                 num_shards=len(config.addresses),
                 history_rounds=config.history_rounds,
                 history_bytes=config.history_bytes,
+                host=host,
+                deterministic=config.deterministic,
             )
             try:
                 connection = Connection(
@@ -112,26 +133,89 @@ class Link:
                 self.close()
                 raise
             self._connections.append(connection)
+            self._share_memory(shard, connection)
         with self._changed:
             self._open = True
-            for data in self._early:
-                self._send_to_all(data)
+            for shard, data in self._early:
+                self._send_to(shard, data)
         self.job_seed = self._connections[0].welcome.job_seed
+
+    def _share_memory(self, shard: int, connection: Connection) -> None:
+        if connection.welcome.host:
+            self._lending[shard] = Lending(lambda m: connection.send(wire.encode(m)))
+        elif self.config.transport == "shared_memory":
+            self.close()
+            raise ServiceError(
+                "Expected the aggregation service to run on the same machine, as the same user and "
+                'in the same process namespace, because transport="shared_memory" was given. '
+                f"Received: one at {connection.address} that does not. Leave `transport` out."
+            )
+
+    def _without_memory(self, why: str) -> None:
+        """Goes on over gRPC, or fails if that was not wanted."""
+        if self.config.transport == "shared_memory":
+            self.cancel(
+                ServiceError(
+                    "Expected memory that is shared with the aggregation service, because "
+                    f'transport="shared_memory" was given. Received: {why}. Leave `transport` out.'
+                )
+            )
+        elif not self._told_of_memory:
+            self._told_of_memory = True
+            self._on_notice(
+                f"worker {self.config.worker} shares no memory with the service ({why}); "
+                "gradients travel over gRPC"
+            )
+
+    def _lend(
+        self, shard: int, run: int, exchange: int, nbytes: int
+    ) -> tuple[int, np.ndarray] | None:
+        """Returns memory for an exchange's values, if the service reads them there."""
+        with self._changed:
+            lending = self._lending[shard]
+            if lending is None:
+                return None
+            if not lending.is_lent(run, exchange):
+                try:
+                    if not self._changed.wait_for(lambda: lending.prepare(nbytes), self._patience):
+                        self._patience = 0.0
+                except SegmentError as e:
+                    self._without_memory(str(e))
+            return lending.lend(run, exchange, nbytes)
+
+    def _on_segment(self, shard: int, message: pb.Segment, *_: object) -> None:
+        answer = pb.SegmentAnswer(id=message.id)
+        try:
+            self._opened[shard].open(message)
+        except SegmentError as e:
+            answer.error = str(e)
+            self._without_memory(str(e))
+        self._send(shard, pb.ToAggregator(segment_answer=answer))
+
+    def _on_segment_answer(self, shard: int, message: pb.SegmentAnswer, *_: object) -> None:
+        if message.error:
+            self._without_memory(message.error)
+        if self._lending[shard] is not None:
+            self._lending[shard].answered(message)
 
     def _send_first(self, message: pb.ToAggregator, *pieces: bytes | memoryview) -> None:
         """Tells something to the shard that decides."""
         self._connections[0].send(wire.encode(message, *pieces))
 
     def _send_all(self, message: pb.ToAggregator) -> None:
+        self._send(None, message)
+
+    def _send(self, shard: int | None, message: pb.ToAggregator) -> None:
+        """Tells something to a shard, or to all."""
         data = wire.encode(message)
         with self._changed:
             if not self._open:
-                self._early.append(data)
+                self._early.append((shard, data))
                 return
-        self._send_to_all(data)
+        self._send_to(shard, data)
 
-    def _send_to_all(self, data: bytes) -> None:
-        for connection in self._connections:
+    def _send_to(self, shard: int | None, data: bytes) -> None:
+        for connection in self._connections if shard is None else [self._connections[shard]]:
             connection.send(data)
 
     def _check(self) -> None:

@@ -35,8 +35,14 @@ class _Incoming:
     def add(self, chunk: pb.StateChunk, payload: memoryview) -> None:
         buffer = self.buffers[chunk.variable]
         if buffer is None:
-            buffer = self.buffers[chunk.variable] = bytearray(chunk.total)
-        buffer[chunk.offset : chunk.offset + payload.nbytes] = payload
+            buffer = self.buffers[chunk.variable] = bytearray()
+        if chunk.offset != len(buffer):
+            raise ServiceError(
+                f"Expected byte {len(buffer)} of variable {chunk.variable} from the worker that "
+                f"gives its state. Received: byte {chunk.offset}."
+            )
+        # It grows with what has come: a size that another worker claims may be any number.
+        buffer += payload
         last = chunk.variable + 1 == chunk.num_variables
         if last and chunk.offset + payload.nbytes == chunk.total:
             self.missing = 0

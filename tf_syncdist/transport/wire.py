@@ -4,13 +4,15 @@ A message is the ordinary serialization of its header followed by field 15, the 
 it by hand spares two copies of the bulk data on each side, and the bytes remain valid protobuf.
 """
 
-from typing import TypeVar
+import ctypes
+from typing import Generic, TypeVar
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 
-PROTOCOL = 2
+PROTOCOL = 3
 SERVICE = "tf_syncdist.v1.Aggregation"
 TRAIN = f"/{SERVICE}/Train"
 REPORT = f"/{SERVICE}/Report"
@@ -19,6 +21,14 @@ REPORT = f"/{SERVICE}/Report"
 # epoch, are one message. Nothing legitimate is larger than this.
 MAX_MESSAGE_BYTES = 256 * 2**20
 
+# Protobuf objects need far more memory than their bytes, so these are few: enough for the
+# manifest or the hashes of ten thousands of variables, and what the service adds to a worker's.
+_MAX_HEADER_BYTES = {pb.ToAggregator: 4 * 2**20, pb.ToWorker: 8 * 2**20}
+_MAX_FIELDS = 1000
+
+# What a worker sends at most, so that the service can send it on in one message.
+MAX_PAYLOAD_BYTES = MAX_MESSAGE_BYTES - _MAX_HEADER_BYTES[pb.ToWorker]
+
 CHANNEL_OPTIONS = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -26,12 +36,24 @@ CHANNEL_OPTIONS = (
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
     ("grpc.enable_http_proxy", 0),
+    # The largest frame that HTTP/2 knows. By default a message of some megabytes is hundreds of
+    # frames, each a buffer of its own until the last one has come.
+    ("grpc.http2.max_frame_size", 2**24 - 1),
 )
 
 _PAYLOAD_TAG = bytes([15 << 3 | 2])
+# Field 17 with a length of two bytes; the least padding.
+_PADDING_TAG = bytes([(17 << 3 | 2) & 0x7F | 0x80, 17 >> 4])
+_LEAST_PADDING = 4
+_MOST_PADDING = _LEAST_PADDING + (1 << 14) - 1
 _WIRE_VARINT, _WIRE_FIXED64, _WIRE_LENGTH, _WIRE_FIXED32 = 0, 1, 2, 5
 
 Message = TypeVar("Message", pb.ToAggregator, pb.ToWorker)
+
+# The one way to make a bytes object that is filled afterwards.
+_new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
+_new_bytes.restype = ctypes.py_object
+_new_bytes.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t)
 
 
 class WireError(ValueError):
@@ -52,6 +74,57 @@ def encode(header: pb.ToAggregator | pb.ToWorker, *pieces: bytes | memoryview) -
     return b"".join((head, _PAYLOAD_TAG, _varint(size), *pieces))
 
 
+class Frame(Generic[Message]):
+    """A message whose payload is written in place, before its header is known.
+
+    gRPC takes nothing but `bytes`, and joining them would be one more copy of every payload. So
+    the bytes object is made first and filled afterwards, as C extensions do; nobody else has seen
+    it until `seal` returns it.
+
+    Args:
+        nbytes: Size of the payload.
+        head_bytes: Room for the header.
+
+    Attributes:
+        payload: The payload as a writable array of uint8, aligned to 16 bytes.
+    """
+
+    def __init__(self, nbytes: int, head_bytes: int = 128) -> None:
+        self._end = _PAYLOAD_TAG + _varint(nbytes)
+        self._head_bytes = (head_bytes + len(self._end) + _LEAST_PADDING + 15) // 16 * 16
+        self._message = _new_bytes(None, self._head_bytes + nbytes)
+        self._memory = np.asarray(_Writable(self._message))
+        self.payload = self._memory[self._head_bytes :]
+
+    def seal(self, header: Message) -> bytes:
+        """Writes the header and returns the message. The payload must not be written any more."""
+        head = header.SerializeToString()
+        padding = self._head_bytes - len(head) - len(self._end)
+        if not _LEAST_PADDING <= padding <= _MOST_PADDING:
+            raise WireError(
+                f"Expected a header of at most {self._head_bytes - len(self._end)} bytes. "
+                f"Received: {len(head)} bytes."
+            )
+        zeros = padding - _LEAST_PADDING
+        length = bytes([zeros & 0x7F | 0x80, zeros >> 7])
+        head = b"".join((head, _PADDING_TAG, length, bytes(zeros), self._end))
+        self._memory[: self._head_bytes] = np.frombuffer(head, np.uint8)
+        return self._message
+
+
+class _Writable:
+    """Lets NumPy write into a bytes object, and keeps it alive meanwhile."""
+
+    def __init__(self, message: bytes) -> None:
+        self._message = message
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (len(message),),
+            "data": (id(message) + bytes.__basicsize__ - 1, False),
+        }
+
+
 def decode(cls: type[Message], data: bytes) -> tuple[Message, memoryview]:
     """Returns the header and a view of the payload of a message.
 
@@ -64,6 +137,16 @@ def decode(cls: type[Message], data: bytes) -> tuple[Message, memoryview]:
     """
     view = memoryview(data)
     start, payload = _find_payload(view)
+    if start > _MAX_HEADER_BYTES[cls]:
+        raise WireError(
+            f"Expected a {cls.__name__} message with at most {_MAX_HEADER_BYTES[cls]} bytes "
+            f"besides the payload. Received: {start} bytes."
+        )
+    if cls is pb.ToAggregator and payload.nbytes > MAX_PAYLOAD_BYTES:
+        raise WireError(
+            f"Expected a payload of at most {MAX_PAYLOAD_BYTES} bytes. Received: "
+            f"{payload.nbytes} bytes."
+        )
     try:
         header = cls.FromString(bytes(view[:start]))
     except DecodeError as e:
@@ -80,7 +163,11 @@ def decode(cls: type[Message], data: bytes) -> tuple[Message, memoryview]:
 
 def _find_payload(view: memoryview) -> tuple[int, memoryview]:
     position, end = 0, len(view)
+    fields = 0
     while position < end:
+        fields += 1
+        if fields > _MAX_FIELDS:
+            raise WireError(f"Expected at most {_MAX_FIELDS} fields. Received: more of them.")
         start = position
         tag, position = _read_varint(view, position)
         number, kind = tag >> 3, tag & 7
