@@ -266,12 +266,13 @@ def main(argv: Sequence[str]) -> None:
             except processes.ClusterFailedError as error:
                 samples.failed = str(error)
                 print(f"{system} failed: {error}", file=sys.stderr, flush=True)
-    rows = [_row(system, case, samples) for (case, system), samples in found.items()]
+            # An interrupted measurement has its rows, too.
+            rows = [_row(system, case, samples) for (case, system), samples in found.items()]
+            if _JSON_OUT.value:
+                pathlib.Path(_JSON_OUT.value).write_text(json.dumps(rows, indent=2) + "\n")
     print(_table(rows))
     for line in sorted({f"{row['system']}: {row['missing']}" for row in rows if "missing" in row}):
         print(f"missing: {line}")
-    if _JSON_OUT.value:
-        pathlib.Path(_JSON_OUT.value).write_text(json.dumps(rows, indent=2) + "\n")
     if any("failed" in row for row in rows):
         sys.exit(1)
 

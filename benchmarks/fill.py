@@ -1,0 +1,121 @@
+"""Puts the rows of benchmarks as tables into the documentation.
+
+    python -m benchmarks.allreduce --num_workers=2,3 --json_out=allreduce.json
+    python -m benchmarks.fit_overhead --json_out=fit.json
+    python -m benchmarks.fill --rows=allreduce.json,fit.json README.md docs/performance.md
+
+A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is
+allreduce or fit_overhead.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from absl import app, flags
+
+_ROWS = flags.DEFINE_list("rows", None, "Files that --json_out has written.", required=True)
+
+_SYSTEMS = {
+    "ours-shared_memory": "shared memory",
+    "ours-grpc": "gRPC",
+    "gloo": "Gloo",
+    "sync_replicas": "SyncReplicasOptimizer",
+    "mwms": "MWMS RING",
+    "memcpy-limit": "memcpy-limit",
+    "socket-limit": "socket-limit",
+}
+_END = "<!-- end of table -->"
+
+Row = dict[str, Any]
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    head, *body = lines
+    rule = ["---"] * len(head)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+
+
+def _allreduce(rows: Sequence[Row]) -> str:
+    """Returns milliseconds per exchange, a line for each case, and the ratios that matter."""
+    cases: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        # Only ours has shards; all other systems stand in the line of one shard.
+        key = (row["workers"], row["megabytes"], row.get("model") or "", row.get("shards") or 1)
+        cases.setdefault(key, {})[row["system"]] = row
+    lines = [["workers", "MB", *_SYSTEMS.values(), "shared memory to Gloo", "gRPC to RING"]]
+    for (workers, megabytes, model, shards), found in sorted(cases.items()):
+        what = f"{megabytes:.4g}" + (f" ({model})" if model else "")
+        what += f", {shards} shards" if shards > 1 else ""
+        peers = cases.get((workers, megabytes, model, 1), {})
+        every = peers | found
+        cells = [_cell(found.get(name)) for name in _SYSTEMS]
+        ratios = [
+            _ratio(every.get("ours-shared_memory"), every.get("gloo")),
+            _ratio(every.get("ours-grpc"), every.get("mwms")),
+        ]
+        lines.append([str(workers), what, *cells, *ratios])
+    note = "Milliseconds per exchange, medians; ours with one shard unless it is said otherwise."
+    return f"{note}\n\n{_markdown(lines)}"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    seconds = row["median_seconds"]
+    if seconds is None:
+        return "failed" if "failed" in row else "missing"
+    return f"{1000 * seconds:.3g}"
+
+
+def _ratio(row: Row | None, other: Row | None) -> str:
+    if not row or not other or not row["median_seconds"] or not other["median_seconds"]:
+        return ""
+    return f"{row['median_seconds'] / other['median_seconds']:.2f}"
+
+
+def _fit_overhead(rows: Sequence[Row]) -> str:
+    """Returns steps per second, a line for each model."""
+    rates: dict[str, dict[str, float]] = {}
+    for row in rows:
+        rates.setdefault(row["model"], {})[row["system"]] = row["steps_per_second"]
+    lines = [
+        [
+            "model",
+            "no strategy",
+            "MirroredStrategy",
+            "ours",
+            "to no strategy",
+            "to MirroredStrategy",
+        ]
+    ]
+    for model, found in rates.items():
+        plain, mirrored, ours = (found[name] for name in ("plain", "mirrored", "ours"))
+        numbers = [f"{rate:.0f}" for rate in (plain, mirrored, ours)]
+        lines.append([model, *numbers, f"{ours / plain:.2f}", f"{ours / mirrored:.2f}"])
+    return f"Steps of `fit` per second, medians.\n\n{_markdown(lines)}"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Fills the tables of the files that are named."""
+    rows = [row for path in _ROWS.value for row in json.loads(pathlib.Path(path).read_text())]
+    tables = {
+        "allreduce": _allreduce([row for row in rows if "median_seconds" in row]),
+        "fit_overhead": _fit_overhead([row for row in rows if "steps_per_second" in row]),
+    }
+    for path in map(pathlib.Path, argv[1:]):
+        text = path.read_text()
+        for name, table in tables.items():
+            begin = f"<!-- table: {name} -->"
+            pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(_END)}", re.DOTALL)
+            if table.count("\n| ") > 1:
+                text = pattern.sub(lambda _, b=begin, t=table: f"{b}\n{t}\n{_END}", text)
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    app.run(main)
