@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from tf_syncdist.propagation import slices
-from tf_syncdist.propagation.slices import Piece, Plan, Slice, TensorSpec, layout_of, plan
+from tf_syncdist.propagation.slices import (
+    Piece,
+    Plan,
+    Slice,
+    TensorSpec,
+    fitting_bucket_bytes,
+    layout_of,
+    plan,
+)
 
 DTYPES = ["float32", "float64", "int32", "int64"]
 
@@ -115,6 +123,28 @@ def test_a_large_model_is_spread_evenly() -> None:
     specs = [TensorSpec("float32", (2**21,)), TensorSpec("float32", (17,))]
     way = plan(specs, 2**20, 3)
     assert len(way.slices) == 9 and way.num_slices == (3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "megabytes, workers, expected",
+    [
+        (0, 2, 4 * 2**20),
+        (100, 2, 100_000_000 // 12),
+        (100, 3, 4 * 2**20),
+        (400, 3, 400_000_000 // 27),
+        (400, 4, 400_000_000 // 48),
+        (100, 6, 2 * 2**20),
+        (100, 100, 2**20),
+        (10_000, 2, 16 * 2**20),
+    ],
+)
+def test_buckets_are_smaller_the_more_workers_there_are(
+    megabytes: int, workers: int, expected: int
+) -> None:
+    specs = [TensorSpec("float32", (250_000 * megabytes,)), TensorSpec("float32", (3,), True)]
+    assert fitting_bucket_bytes(specs, workers) == expected
+    # What is on its way: ten slices of each worker, at most twice the model or what is little.
+    assert 10 * workers * expected <= max(2.0 * megabytes * 1e6, 130 * 2**20, workers * 10 * 2**20)
 
 
 MODEL = [TensorSpec("float32", (3, 2)), TensorSpec("int64", ())]

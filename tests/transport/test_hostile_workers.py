@@ -3,44 +3,23 @@
 import contextlib
 import fcntl
 import os
-import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 
 import grpc
 import numpy as np
 import pytest
 
-from tf_syncdist import cutoff
 from tf_syncdist.aggregation.job import Job
 from tf_syncdist.aggregation.outbox import Refused
 from tf_syncdist.aggregation.rounds import Fate
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
+from .hostile import at_most, hello
+
 Serve = Callable[..., object]
 FOUR = np.ones(4, "<f4").tobytes()
 GOOD = {"num_slices": 1, "dtype": pb.FLOAT32, "elements": 4}
-
-
-def hello(worker: int, num_workers: int, b: int, **changes: object) -> pb.Hello:
-    """A worker's first message."""
-    policy = cutoff.serialize(cutoff.BackupWorkers(b))
-    config = {"protocol": wire.PROTOCOL, "num_shards": 1, "cutoff": policy}
-    return pb.Hello(**{**config, "worker": worker, "num_workers": num_workers, **changes})
-
-
-@contextlib.contextmanager
-def at_most(size: int = 4 * 2**20, seconds: float = 0.3) -> Iterator[None]:
-    """Checks what something takes of memory and of this thread's time."""
-    tracemalloc.start()
-    before = time.thread_time()
-    try:
-        yield
-    finally:
-        took, (_, peak) = time.thread_time() - before, tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    assert peak < size and took < seconds
 
 
 def test_a_number_of_exchanges_is_not_counted_through() -> None:

@@ -10,7 +10,6 @@ import itertools
 import logging
 import threading
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator
 
 import grpc
@@ -27,6 +26,8 @@ from tf_syncdist.propagation.slices import TensorSpec, plan
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.session import Session
+
+from .hostile import at_most, hello
 
 Serve = Callable[..., object]
 FUZZ = settings(
@@ -113,26 +114,6 @@ def broken(draw: st.DrawFn, near: tuple[int, ...]) -> bytes:
         )
         | st.binary(max_size=50)
     )
-
-
-def hello(worker: int, num_workers: int, b: int, **changes: object) -> pb.Hello:
-    """A worker's first message."""
-    policy = cutoff.serialize(cutoff.BackupWorkers(b))
-    config = {"protocol": wire.PROTOCOL, "num_shards": 1, "cutoff": policy}
-    return pb.Hello(**{**config, "worker": worker, "num_workers": num_workers, **changes})
-
-
-@contextlib.contextmanager
-def at_most(size: int = 4 * 2**20, seconds: float = 0.3) -> Iterator[None]:
-    """Checks what something takes of memory and of this thread's time."""
-    tracemalloc.start()
-    before = time.thread_time()
-    try:
-        yield
-    finally:
-        took, (_, peak) = time.thread_time() - before, tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    assert peak < size and took < seconds
 
 
 @FUZZ

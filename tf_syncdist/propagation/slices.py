@@ -104,8 +104,9 @@ ITEM_BYTES = {"float32": 4, "float64": 8, "int32": 4, "int64": 8, "float16": 2, 
 # Slices in one buffer begin at whole cache lines.
 _ALIGNMENT = 64
 
-_BUCKETS = 12
-_LEAST_BUCKET_BYTES = 4 * 2**20
+_BUCKETS_BY_WORKERS_SQUARED = 3
+_LEAST_BYTES_ON_THEIR_WAY = 12 * 2**20
+_LEAST_BUCKET_BYTES, _MOST_LEAST_BYTES = 2**20, 4 * 2**20
 _MOST_BUCKET_BYTES = 16 * 2**20
 
 # Rows of a table are cut only where the whole table would be too long for a message.
@@ -118,17 +119,23 @@ def layout_of(items: Sequence[object]) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def fitting_bucket_bytes(specs: Sequence[TensorSpec]) -> int:
+def fitting_bucket_bytes(specs: Sequence[TensorSpec], num_workers: int) -> int:
     """Returns a good size for buckets: several for what is large, but no small ones.
 
     A slice costs about half a millisecond of all processes together, whatever its size; and a dozen
-    of them keep all processes busy. Small ones take less memory on their way.
+    of them keep two workers busy. With many workers they are smaller, because the service has some
+    ten slices of each worker on their way, and is to need three times the model's bytes at most.
     """
     total = sum(s.elements * ITEM_BYTES[s.dtype] for s in specs if not s.by_rows)
-    return min(max(total // _BUCKETS, _LEAST_BUCKET_BYTES), _MOST_BUCKET_BYTES)
+    least = max(_LEAST_BYTES_ON_THEIR_WAY // num_workers, _LEAST_BUCKET_BYTES)
+    least = min(least, _MOST_LEAST_BYTES)
+    fitting = max(total // (_BUCKETS_BY_WORKERS_SQUARED * num_workers**2), least)
+    return min(fitting, _MOST_BUCKET_BYTES)
 
 
-def plan(specs: Sequence[TensorSpec], bucket_bytes: int | None, num_shards: int) -> Plan:
+def plan(
+    specs: Sequence[TensorSpec], bucket_bytes: int | None, num_shards: int, num_workers: int = 2
+) -> Plan:
     """Fuses small tensors into buckets, cuts large ones, and spreads the slices over shards.
 
     Args:
@@ -136,12 +143,13 @@ def plan(specs: Sequence[TensorSpec], bucket_bytes: int | None, num_shards: int)
         bucket_bytes: Tensors share a bucket until it has this many bytes; a larger one is cut into
             slices of at most this size. By default `fitting_bucket_bytes`.
         num_shards: Over how many shards the slices are spread, evenly by bytes.
+        num_workers: How many workers send them.
 
     Returns:
         A `Plan`. Tensors without elements are in no slice.
     """
     if bucket_bytes is None:
-        bucket_bytes = fitting_bucket_bytes(specs)
+        bucket_bytes = fitting_bucket_bytes(specs, num_workers)
     loads = [0] * num_shards
     ends = [0] * num_shards
     counts = [0] * num_shards

@@ -146,8 +146,10 @@ class RunController:
         """Returns how the tensors of an exchange are cut."""
         specs = tuple(specs)
         if specs not in self._plans:
-            shards = len(self._session.config.addresses)
-            self._plans[specs] = plan(specs, self._bucket_bytes, shards)
+            job = self._session.config
+            self._plans[specs] = plan(
+                specs, self._bucket_bytes, len(job.addresses), job.num_workers
+            )
         return self._plans[specs]
 
     # Called by the graph, in this order.

@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from tf_syncdist.cluster import roles
 from tf_syncdist.cluster.child import become_aggregator
-from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync, serialize
+from tf_syncdist.cutoff import CutoffPolicy, serialize
 from tf_syncdist.observability.reports import Report
-from tf_syncdist.strategies import adapter, inputs, keras_calls
+from tf_syncdist.strategies import adapter, inputs, keras_calls, options
 from tf_syncdist.strategies.controller import LocalReport, RunController
 from tf_syncdist.strategies.epochs import EpochExchange
 from tf_syncdist.strategies.graph_runs import run_in_graph
@@ -26,10 +26,6 @@ from tf_syncdist.strategies.state import CommonState, optimizer_variables
 from tf_syncdist.strategies.stopping import Stopping
 from tf_syncdist.strategies.variables import VariableRegistry
 from tf_syncdist.transport.session import SessionConfig
-
-_MAX_BUCKET_BYTES = 64 * 2**20
-_TRANSPORTS = ("auto", "grpc", "shared_memory")
-_COMPRESSIONS = {None: None, "float16": tf.float16, "bfloat16": tf.bfloat16}
 
 
 class SyncReplicasStrategy(tf.distribute.Strategy):
@@ -56,7 +52,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             you trust. Default: `False`.
         bucket_bytes: Small tensors share a message until it has this many bytes, larger ones are
             cut; a bucket leaves as soon as backpropagation has yielded it. By default a twelfth
-            of all gradients, at least 4 MiB and at most 16 MiB. A smaller one lets more of the
+            of all gradients, 4 to 16 MiB, less with more workers. A smaller one lets more of the
             exchange happen during backpropagation, at some CPU time per bucket.
         transport: How gradients reach the service. "auto" (the default): through shared memory
             where the service runs on the same machine and memory can be shared with it, else
@@ -69,7 +65,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             the network is thin.
         deterministic: Whether sums are made in the order of the workers, so that two runs of a
             job end with the same bits. Needs all workers (no backup workers). Default: `False`,
-            in the order of arrival. Over gRPC a worker's values wait in its own outbox until it
+            in the order of arrival. Over gRPC the service reads a worker's values only when it
             is their turn.
         history_rounds: Results are kept for at least this many rounds for workers that are
             behind. Default: 4.
@@ -116,30 +112,11 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         timeout_seconds: float = 600.0,
         print_report: bool = True,
     ) -> None:
-        policy = _policy(backup_workers, cutoff)
-        if bucket_bytes is not None and not 1 <= bucket_bytes <= _MAX_BUCKET_BYTES:
-            raise ValueError(
-                f"`bucket_bytes` must be from 1 to {_MAX_BUCKET_BYTES}. "
-                f"Received: bucket_bytes={bucket_bytes}. Leave it out if in doubt."
-            )
-        if transport not in _TRANSPORTS:
-            raise ValueError(f"`transport` must be one of {_TRANSPORTS}. Received: {transport!r}.")
-        if compression not in _COMPRESSIONS:
-            raise ValueError(
-                f"`compression` must be one of {_COMPRESSIONS}. Received: {compression!r}."
-            )
-        if history_rounds < 0 or history_bytes < 0:
-            raise ValueError(
-                "`history_rounds` and `history_bytes` must be at least 0. "
-                f"Received: history_rounds={history_rounds}, history_bytes={history_bytes}."
-            )
+        policy = options.policy(backup_workers, cutoff)
+        options.check(bucket_bytes, transport, compression, history_rounds, history_bytes)
         role = roles.resolve(cluster_resolver)
         self._aggregate = policy.replicas_to_aggregate(role.num_workers)
-        if deterministic and self._aggregate != role.num_workers:
-            raise ValueError(
-                "`deterministic` needs the contributions of all workers: which ones are late is a "
-                f"matter of time. Received: deterministic=True, {policy}. Use backup_workers=0."
-            )
+        options.check_order(deterministic, policy, role.num_workers)
         self._role = role
         self._cluster_resolver_given = cluster_resolver
         self._member: Membership | None = None
@@ -169,7 +146,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             self._is_local,
             self._registry,
             self._on_traced,
-            _COMPRESSIONS[compression],
+            options.COMPRESSIONS[compression],
         )
         self._lifted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         first_replica = role.task_index * len(devices)
@@ -478,18 +455,6 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             lambda: self._epochs.begin_fit(self._stopping.fit), self._stopping.after_epoch
         )
         stack.enter_context(keras_calls.fitting(call.model, arguments, self._stopping, callback))
-
-
-def _policy(backup_workers: int | None, cutoff: CutoffPolicy | None) -> CutoffPolicy:
-    if cutoff is not None and backup_workers is not None:
-        raise ValueError(
-            "Expected `backup_workers` or `cutoff`, because backup_workers=b is short for "
-            f"cutoff=BackupWorkers(b). Received: backup_workers={backup_workers} and "
-            f"cutoff={cutoff}. Leave one of them out."
-        )
-    if cutoff is not None:
-        return cutoff
-    return BackupWorkers(backup_workers) if backup_workers is not None else FullSync()
 
 
 def _check_model(model: Any) -> None:

@@ -1,0 +1,69 @@
+"""Checks of what users give to a strategy."""
+
+import tensorflow as tf
+
+from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync
+
+COMPRESSIONS = {None: None, "float16": tf.float16, "bfloat16": tf.bfloat16}
+TRANSPORTS = ("auto", "grpc", "shared_memory")
+_MAX_BUCKET_BYTES = 64 * 2**20
+
+
+def policy(backup_workers: int | None, cutoff: CutoffPolicy | None) -> CutoffPolicy:
+    """Returns the cutoff policy that one of two arguments stands for.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if cutoff is not None and backup_workers is not None:
+        raise ValueError(
+            "Expected `backup_workers` or `cutoff`, because backup_workers=b is short for "
+            f"cutoff=BackupWorkers(b). Received: backup_workers={backup_workers} and "
+            f"cutoff={cutoff}. Leave one of them out."
+        )
+    if cutoff is not None:
+        return cutoff
+    return BackupWorkers(backup_workers) if backup_workers is not None else FullSync()
+
+
+def check(
+    bucket_bytes: int | None,
+    transport: str,
+    compression: str | None,
+    history_rounds: int,
+    history_bytes: int,
+) -> None:
+    """Checks what does not depend on the cluster; see `SyncReplicasStrategy`.
+
+    Raises:
+        ValueError: If an argument has a value that it cannot have.
+    """
+    if bucket_bytes is not None and not 1 <= bucket_bytes <= _MAX_BUCKET_BYTES:
+        raise ValueError(
+            f"`bucket_bytes` must be from 1 to {_MAX_BUCKET_BYTES}. "
+            f"Received: bucket_bytes={bucket_bytes}. Leave it out if in doubt."
+        )
+    if transport not in TRANSPORTS:
+        raise ValueError(f"`transport` must be one of {TRANSPORTS}. Received: {transport!r}.")
+    if compression not in COMPRESSIONS:
+        raise ValueError(
+            f"`compression` must be one of {tuple(COMPRESSIONS)}. Received: {compression!r}."
+        )
+    if history_rounds < 0 or history_bytes < 0:
+        raise ValueError(
+            "`history_rounds` and `history_bytes` must be at least 0. "
+            f"Received: history_rounds={history_rounds}, history_bytes={history_bytes}."
+        )
+
+
+def check_order(deterministic: bool, cutoff: CutoffPolicy, num_workers: int) -> None:
+    """Checks that sums can be made in the order of the workers, if they are to be.
+
+    Raises:
+        ValueError: If a round may be closed without some workers.
+    """
+    if deterministic and cutoff.replicas_to_aggregate(num_workers) != num_workers:
+        raise ValueError(
+            "`deterministic` needs the contributions of all workers: which ones are late is a "
+            f"matter of time. Received: deterministic=True, {cutoff}. Use backup_workers=0."
+        )
