@@ -13,7 +13,8 @@ from tf_syncdist.aggregation import admission, contributions, counters, sums
 from tf_syncdist.aggregation.admission import invalid
 from tf_syncdist.aggregation.delivery import WINDOW_RUNS, Delivery
 from tf_syncdist.aggregation.endings import Ended, Endings
-from tf_syncdist.aggregation.gathers import GatherKey, Gathers, Part
+from tf_syncdist.aggregation.gathers import GatherKey, Gathers, Part, RecentResults
+from tf_syncdist.aggregation.limits import Quotas, default_worker_bytes
 from tf_syncdist.aggregation.memory import ResultMemory, WorkerMemory
 from tf_syncdist.aggregation.outbox import Outbox, Refused, Streams
 from tf_syncdist.aggregation.relays import StateRelay
@@ -42,13 +43,16 @@ class Job:
     Args:
         clock: Returns the time in seconds; monotonic.
         on_event: Called with one line for the service's log.
+        worker_bytes: How many bytes one worker may make the service keep; see `limits.Limits`.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
         on_event: Callable[[str], None] = lambda text: None,
+        worker_bytes: int = 0,
     ) -> None:
+        self._worker_bytes = worker_bytes or default_worker_bytes()
         self.done = threading.Event()
         self._clock = clock
         self._on_event = on_event
@@ -92,7 +96,8 @@ class Job:
                     f"which {there}. Start one process per task, and a new service per job.",
                 )
             shares = bool(hello.host) and hello.host == self._host
-            outbox = self._streams[worker] = Outbox(shares)
+            outbox = self._streams[worker] = Outbox(shares, self._worker_bytes)
+            self._quotas.begin(worker)
             self._memories[worker] = WorkerMemory()
             welcome = pb.Welcome(
                 job_seed=self._seed, window_runs=WINDOW_RUNS, host=self._host if shares else ""
@@ -111,6 +116,7 @@ class Job:
         try:
             header, payload = wire.decode(pb.ToAggregator, data)
             body = header.WhichOneof("body")
+            self._quotas.check(worker, body, header, payload.nbytes)
             if body == "contribution":
                 self._contribute(worker, header.contribution, payload)
             else:
@@ -183,19 +189,20 @@ class Job:
                 "Expected a policy that waits for all workers, because sums are to be made in "
                 f"their order. Received: cutoff={hello.cutoff}."
             )
-        memory = ResultMemory(self._streams.tell_sharers, self._on_event)
-        self._memory = memory
+        most = self._worker_bytes
+        self._quotas = Quotas(most, self._rounds)
+        memory = self._memory = ResultMemory(self._streams.tell_sharers, self._on_event, most)
         self._delivery = Delivery(self._streams, self._rounds, memory, hello.deterministic)
         self._gathers = Gathers(hello.num_workers, policy, self._rounds.begun)
         self._endings = Endings(
             hello.num_workers, self._rounds.replicas_to_aggregate, self._rounds.begun
         )
         self._relay = StateRelay(
-            hello.num_workers, self._streams, self._rounds.position, self._on_event
+            hello.num_workers, self._streams, self._rounds.position, self._on_event, most
         )
         self._present = set(range(hello.num_workers))
         self._gathered: dict[GatherKey, np.ndarray] = {}
-        self._gather_results: dict[GatherKey, bytes] = {}
+        self._gather_results = RecentResults()
         self._waiting_since: dict[str, float] = {}
         self._hello = hello
 

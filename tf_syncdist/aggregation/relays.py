@@ -21,6 +21,7 @@ class StateRelay:
         streams: The connected workers.
         position: Returns the run that a worker is in or about to begin.
         on_event: Called with one line for the service's log.
+        most_bytes: How many bytes of variables are kept before all workers are there.
     """
 
     def __init__(
@@ -29,8 +30,9 @@ class StateRelay:
         streams: Streams,
         position: Callable[[int], int],
         on_event: Callable[[str], None],
+        most_bytes: int = 2**62,
     ) -> None:
-        self._states = States(num_workers)
+        self._states = States(num_workers, most_bytes)
         self._streams = streams
         self._position = position
         self._on_event = on_event

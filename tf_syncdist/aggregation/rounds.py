@@ -10,6 +10,9 @@ from typing import NamedTuple
 from tf_syncdist.cutoff import CutoffPolicy, SliceView
 from tf_syncdist.propagation.slices import ITEM_BYTES
 
+# Also of rounds without many bytes no more are kept, for a worker that is that far behind.
+_MOST_RUNS_KEPT = 100_000
+
 
 class Fate(enum.IntEnum):
     """What became of a worker's part in a round; the numbers are those of the contract."""
@@ -481,7 +484,8 @@ class Rounds:
         size = self.history_size
         while self._kept_from < self._over:
             run = self._kept_from
-            too_many = self._rounds_kept > self._history_rounds and size > self._history_bytes
+            many = size > self._history_bytes or self._over - run > _MOST_RUNS_KEPT
+            too_many = self._rounds_kept > self._history_rounds and many
             if run >= needed_from and not too_many:
                 break
             state = self._runs.pop(run, None)

@@ -7,6 +7,11 @@ from typing import NamedTuple
 from tf_syncdist.aggregation import manifests
 from tf_syncdist.aggregation.rounds import RoundError
 
+# A worker waits for the verdict on its variables, and for a state, before it goes on.
+_MOST_WAITING = 4
+# What a piece takes besides its bytes.
+_CHUNK_BYTES = 128
+
 
 class Request(NamedTuple):
     """Who needs a state, and who was asked for it.
@@ -26,6 +31,7 @@ class _Start:
     def __init__(self) -> None:
         self.manifests: dict[int, list[manifests.Variable]] = {}
         self.chunks: list[bytes] = []
+        self.bytes = 0
         self.agreed = False
         self.given = False
         self.failed = False
@@ -36,10 +42,12 @@ class States:
 
     Args:
         num_workers: How many workers the job has.
+        most_bytes: How many bytes of worker 0's variables are kept until all workers are there.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, most_bytes: int = 2**62) -> None:
         self._num_workers = num_workers
+        self._most_bytes = most_bytes
         self._starts: dict[int, _Start] = {}
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count(1)
@@ -59,6 +67,11 @@ class States:
             The verdict for everybody (`None` while workers are missing, an empty string if all
             agree, else an error) and the chunks of worker 0 that are to be sent to the others.
         """
+        if run not in self._starts:
+            self._check_waiting(
+                worker,
+                [r for r, s in self._starts.items() if not s.agreed and worker in s.manifests],
+            )
         self._starts.setdefault(run, _Start()).manifests[worker] = variables
         return self._verdict(run)
 
@@ -77,10 +90,19 @@ class States:
                 "Expected the variables before a run from worker 0. "
                 f"Received: worker={worker}, run={run}."
             )
+        if run not in self._starts:
+            self._check_waiting(worker, [r for r, s in self._starts.items() if s.bytes])
         start = self._starts.setdefault(run, _Start())
         start.given = start.given or last
         if not start.agreed:
             start.chunks.append(message)
+            start.bytes += len(message) + _CHUNK_BYTES
+            kept = sum(s.bytes for s in self._starts.values())
+            if kept > self._most_bytes:
+                raise RoundError(
+                    f"Expected at most {self._most_bytes} bytes of variables before all workers "
+                    f"are there. Received: {kept} bytes, the last before run {run}."
+                )
         return start.agreed
 
     def leave(self, worker: int) -> list[tuple[int, str, list[bytes]]]:
@@ -106,7 +128,7 @@ class States:
         if start.agreed or not self._expected <= set(start.manifests) or 0 not in start.manifests:
             return None, []
         start.agreed = True
-        chunks, start.chunks = start.chunks, []
+        chunks, start.chunks, start.bytes = start.chunks, [], 0
         error = manifests.first_difference(start.manifests)
         start.failed = bool(error)
         return error, chunks
@@ -134,6 +156,9 @@ class States:
         Returns:
             The number of the request and the giver, or `None` if nobody can give a state.
         """
+        self._check_waiting(
+            receiver, [i for i, r in self._requests.items() if r.receiver == receiver]
+        )
         at = position(receiver)
         able = [w for w in givers if w != receiver and position(w) >= at]
         further = [w for w in able if position(w) > at]
@@ -164,6 +189,14 @@ class States:
         if last:
             del self._requests[request]
         return known.receiver
+
+    def _check_waiting(self, worker: int, waiting: list[int]) -> None:
+        if len(waiting) >= _MOST_WAITING:
+            raise RoundError(
+                f"Expected a worker to wait for at most {_MOST_WAITING} answers about variables "
+                f"at a time. Received: one question more from worker {worker}, which waits for "
+                f"those to {waiting}."
+            )
 
     def drop(self, worker: int) -> list[Request]:
         """Forgets a worker whose stream is gone; returns requests that need another giver."""

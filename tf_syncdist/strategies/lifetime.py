@@ -32,7 +32,6 @@ class Membership:
     Args:
         role: What this process is.
         config: What it tells the service.
-        insecure: Whether the service may listen beyond loopback without TLS.
         print_report: Whether worker 0 prints the job's report at the end.
     """
 
@@ -40,7 +39,6 @@ class Membership:
         self,
         role: ClusterRole,
         config: SessionConfig,
-        insecure: bool,
         print_report: bool,
     ) -> None:
         self.role = role
@@ -51,7 +49,13 @@ class Membership:
         self._closed = False
         self._child: ChildAggregator | None = None
         if not role.aggregators and role.task_index == 0:
-            self._child = ChildAggregator(role.address, insecure, config.connect_timeout_seconds)
+            self._child = ChildAggregator(
+                role.address,
+                config.credentials.insecure,
+                config.connect_timeout_seconds,
+                tls=config.credentials.uses_tls,
+                variables=config.credentials.variables(),
+            )
         try:
             # What the service has to tell concerns everybody; one worker prints it.
             self.session = Session(config, say if role.task_index == 0 else _log.info)
@@ -92,6 +96,7 @@ class Membership:
                 )
                 for w in reply.workers
             ),
+            dict(reply.refused),
         )
 
     def close(self) -> None:

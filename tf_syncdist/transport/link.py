@@ -12,6 +12,7 @@ from tf_syncdist.errors import ServiceError, SyncDistError, WaitTimeoutError
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.connection import Connection
+from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
 from tf_syncdist.transport.memory import Lending, Opened
 from tf_syncdist.transport.segments import SegmentError, host_id
 
@@ -33,6 +34,7 @@ class SessionConfig(NamedTuple):
         timeout_seconds: How long to wait for other workers.
         transport: "auto", "grpc" or "shared_memory"; see `SyncReplicasStrategy`.
         deterministic: See `SyncReplicasStrategy`.
+        credentials: What it shows to the service, and demands of it.
     """
 
     addresses: tuple[str, ...]
@@ -45,6 +47,7 @@ class SessionConfig(NamedTuple):
     timeout_seconds: float = 600.0
     transport: str = "auto"
     deterministic: bool = False
+    credentials: Credentials = NO_CREDENTIALS
 
 
 class Link:
@@ -128,6 +131,7 @@ class Link:
                     lambda header, payload, shard=shard: self._receive(shard, header, payload),
                     self.cancel,
                     config.connect_timeout_seconds,
+                    config.credentials,
                 )
             except BaseException:
                 self.close()
