@@ -172,9 +172,9 @@ def test_requests_for_states_do_not_pile_up() -> None:
     finished = pb.RunFinished(exchanges=1, fate=Fate.CONTRIBUTED)
     job.handle(0, said(run_finished=finished))
     ask = said(state_request=pb.StateRequest())
-    for _ in range(4):
+    for _ in range(16):
         job.handle(1, ask)
-    with pytest.raises(Refused, match="at most 4 answers"):
+    with pytest.raises(Refused, match="at most 16 answers"):
         job.handle(1, ask)
     job.lost(0, "it is gone")
 

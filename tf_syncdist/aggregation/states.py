@@ -7,8 +7,10 @@ from typing import NamedTuple
 from tf_syncdist.aggregation import manifests
 from tf_syncdist.aggregation.rounds import RoundError
 
-# A worker waits for the verdict on its variables, and for a state, before it goes on.
-_MOST_WAITING = 4
+# A worker waits for the verdict on its variables, and for a state, before it goes on. A manifest
+# takes much more memory than a request.
+_MOST_STARTS = 4
+_MOST_REQUESTS = 16
 # What a piece takes besides its bytes.
 _CHUNK_BYTES = 128
 
@@ -68,10 +70,9 @@ class States:
             agree, else an error) and the chunks of worker 0 that are to be sent to the others.
         """
         if run not in self._starts:
-            self._check_waiting(
-                worker,
-                [r for r, s in self._starts.items() if not s.agreed and worker in s.manifests],
-            )
+            starts = self._starts.items()
+            mine = [r for r, s in starts if not s.agreed and worker in s.manifests]
+            _check_waiting(worker, mine, _MOST_STARTS)
         self._starts.setdefault(run, _Start()).manifests[worker] = variables
         return self._verdict(run)
 
@@ -91,7 +92,8 @@ class States:
                 f"Received: worker={worker}, run={run}."
             )
         if run not in self._starts:
-            self._check_waiting(worker, [r for r, s in self._starts.items() if s.bytes])
+            given = [r for r, s in self._starts.items() if s.bytes]
+            _check_waiting(worker, given, _MOST_STARTS)
         start = self._starts.setdefault(run, _Start())
         start.given = start.given or last
         if not start.agreed:
@@ -156,9 +158,8 @@ class States:
         Returns:
             The number of the request and the giver, or `None` if nobody can give a state.
         """
-        self._check_waiting(
-            receiver, [i for i, r in self._requests.items() if r.receiver == receiver]
-        )
+        mine = [i for i, r in self._requests.items() if r.receiver == receiver]
+        _check_waiting(receiver, mine, _MOST_REQUESTS)
         at = position(receiver)
         able = [w for w in givers if w != receiver and position(w) >= at]
         further = [w for w in able if position(w) > at]
@@ -190,16 +191,17 @@ class States:
             del self._requests[request]
         return known.receiver
 
-    def _check_waiting(self, worker: int, waiting: list[int]) -> None:
-        if len(waiting) >= _MOST_WAITING:
-            raise RoundError(
-                f"Expected a worker to wait for at most {_MOST_WAITING} answers about variables "
-                f"at a time. Received: one question more from worker {worker}, which waits for "
-                f"those to {waiting}."
-            )
-
     def drop(self, worker: int) -> list[Request]:
         """Forgets a worker whose stream is gone; returns requests that need another giver."""
         gone = [r for r in self._requests.values() if worker in (r.receiver, r.giver)]
         self._requests = {i: r for i, r in self._requests.items() if r not in gone}
         return [r for r in gone if r.receiver != worker]
+
+
+def _check_waiting(worker: int, waiting: list[int], most: int) -> None:
+    if len(waiting) >= most:
+        raise RoundError(
+            f"Expected a worker to wait for at most {most} answers about variables at a time. "
+            f"Received: one question more from worker {worker}, which waits for those to "
+            f"{waiting}."
+        )
