@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -350,3 +351,12 @@ def test_the_clock_goes_on_after_an_error(
     service.until(lambda: len(ticks) >= 3)
     service.close()
     assert "of the test" in caplog.text
+
+
+@pytest.mark.parametrize("first", [b"", b"PRI * HTTP/2.0"], ids=["silent", "half a greeting"])
+def test_a_connection_without_a_greeting_is_closed(serve: Serve, first: bytes) -> None:
+    host, port = serve(1).config.addresses[0].split(":")
+    with socket.create_connection((host, int(port)), timeout=25) as client:
+        client.sendall(first)
+        while client.recv(4096):
+            pass
