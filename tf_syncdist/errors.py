@@ -3,6 +3,7 @@
 __all__ = [
     "AggregatorUnreachableError",
     "ClusterConfigError",
+    "CredentialsError",
     "ModelMismatchError",
     "ServiceError",
     "SyncDistError",
@@ -17,6 +18,10 @@ class SyncDistError(Exception):
 
 class ClusterConfigError(SyncDistError, ValueError):
     """TF_CONFIG, or the resolver that was given, does not describe a usable cluster."""
+
+
+class CredentialsError(SyncDistError, ValueError):
+    """Certificates, a key or the job's token cannot be used, or would be exposed."""
 
 
 class AggregatorUnreachableError(SyncDistError, ConnectionError):

@@ -33,7 +33,6 @@ class Membership:
     Args:
         role: What this process is.
         config: What it tells the service.
-        insecure: Whether the service may listen beyond loopback without TLS.
         print_report: Whether worker 0 prints the job's report at the end.
     """
 
@@ -41,7 +40,6 @@ class Membership:
         self,
         role: ClusterRole,
         config: SessionConfig,
-        insecure: bool,
         print_report: bool,
     ) -> None:
         self.role = role
@@ -52,9 +50,17 @@ class Membership:
         self._closed = False
         self._child: SupervisedAggregator | None = None
         if not role.aggregators and role.task_index == 0:
-            self._child = SupervisedAggregator(
-                lambda: ChildAggregator(role.address, insecure, config.connect_timeout_seconds), say
-            )
+
+            def start() -> ChildAggregator:
+                return ChildAggregator(
+                    role.address,
+                    config.credentials.insecure,
+                    config.connect_timeout_seconds,
+                    tls=config.credentials.uses_tls,
+                    variables=config.credentials.variables(),
+                )
+
+            self._child = SupervisedAggregator(start, say)
         try:
             # What the service has to tell concerns everybody; one worker prints it.
             self.session = Session(config, say if role.task_index == 0 else _log.info)
@@ -95,6 +101,7 @@ class Membership:
                 )
                 for w in reply.workers
             ),
+            dict(reply.refused),
         )
 
     def close(self) -> None:
