@@ -58,6 +58,10 @@ class Connection:
                 "no `ps`) runs, that TF_CONFIG names this address on every task, and that no "
                 "firewall stands between."
             ) from None
+        except BaseException:
+            # Ctrl-C or SIGTERM, in a program that may go on.
+            self._channel.close()
+            raise
         self.send(wire.encode(pb.ToAggregator(hello=hello)))
         train = self._channel.stream_stream(wire.TRAIN)
         self._call = train(self._messages())
@@ -65,7 +69,12 @@ class Connection:
             target=self._read, name=f"tf_syncdist_{address}", daemon=True
         )
         self._reader.start()
-        if not self._welcomed.wait(timeout_seconds):
+        try:
+            welcomed = self._welcomed.wait(timeout_seconds)
+        except BaseException:
+            self.close()
+            raise
+        if not welcomed:
             self._failure = AggregatorUnreachableError(
                 f"Expected a welcome from the aggregation service at {address} within "
                 f"{timeout_seconds:g} s. Received: nothing. Is it another kind of server?"
