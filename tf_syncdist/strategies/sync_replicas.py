@@ -403,6 +403,11 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
 
     # Keras.
 
+    def _epoch_of_chief(self, epoch: int | None) -> int | None:
+        if self._member is None:
+            return epoch
+        return self._epochs.epoch_of_chief(self._stopping.fit, epoch)
+
     def _is_local(self) -> bool:
         call = keras_calls.current()
         return call is not None and not call.trains
