@@ -79,7 +79,6 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._steps = save_freq if is_number else None
         self._delete = delete_checkpoint
         self._epoch = 0
-        self._last_step = -1
         self._unsaved = 0
 
     def on_train_begin(self, logs: dict | None = None) -> None:
@@ -111,7 +110,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             epoch = begins_with or 0
         if error is not None:
             raise error
-        self._epoch, self._last_step, self._unsaved = epoch, -1, 0
+        self._epoch, self._unsaved = epoch, 0
         if not self._is_chief and epoch >= self.params.get("epochs", sys.maxsize):
             self._restore_all_there_is()
         # Keras reads it after this. It keeps it from an earlier fit, too.
@@ -119,13 +118,12 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Is called by Keras."""
-        self._epoch, self._last_step = epoch, -1
+        self._epoch = epoch
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Saves after some steps; is called by Keras."""
-        # With steps_per_execution, Keras calls once for several steps.
-        self._unsaved += batch - self._last_step
-        self._last_step = batch
+        # Versions of Keras differ in which of several steps at once they call the batch.
+        self._unsaved += self.model.steps_per_execution
         if self._steps is not None and self._unsaved >= self._steps:
             self._save(self._epoch)
 
