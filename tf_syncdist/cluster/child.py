@@ -123,7 +123,11 @@ class ChildAggregator:
             )
         finally:
             os.close(read_end)
-        line = self._first_line(time.monotonic() + timeout_seconds)
+        try:
+            line = self._first_line(time.monotonic() + timeout_seconds)
+        except BaseException:
+            self.close()
+            raise
         if b"listening" not in line:
             self.close()
             raise AggregatorUnreachableError(

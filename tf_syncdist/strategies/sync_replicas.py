@@ -13,7 +13,9 @@ import tensorflow as tf
 
 from tf_syncdist.cluster import roles
 from tf_syncdist.cluster.child import become_aggregator
+from tf_syncdist.cluster.interrupts import exit_status
 from tf_syncdist.cutoff import CutoffPolicy, serialize
+from tf_syncdist.errors import SyncDistError
 from tf_syncdist.observability.reports import Report
 from tf_syncdist.strategies import adapter, inputs, keras_calls, options
 from tf_syncdist.strategies.controller import LocalReport, RunController
@@ -451,6 +453,11 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
 
     # Keras.
 
+    def _epoch_of_chief(self, epoch: int | None) -> int | None:
+        if self._member is None:
+            return epoch
+        return self._epochs.epoch_of_chief(self._stopping.fit, epoch)
+
     def _is_local(self) -> bool:
         call = keras_calls.current()
         return call is not None and not call.trains
@@ -458,6 +465,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
     @contextlib.contextmanager
     def _keras_call(self, method: str, model: Any, arguments: dict[str, Any]) -> Iterator[None]:
         quiet = self._member is not None and not self.is_chief
+        before = self._member is not None and self._member.interrupted
         with contextlib.ExitStack() as stack:
             call = stack.enter_context(keras_calls.calling(method, model, arguments, quiet))
             if self._member is None:
@@ -471,9 +479,12 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
                 yield
             except BaseException as e:
                 self._member.failed = call.trains
-                if self._member.interrupted is signal.SIGINT:
-                    # TensorFlow's error for the step that was cut short hides the interrupt.
-                    raise KeyboardInterrupt from None
+                interrupted = None if before else self._member.interrupted
+                if interrupted is not None and isinstance(e, Exception):
+                    # An error for the step that was cut short hides the interrupt.
+                    if interrupted is signal.SIGINT:
+                        raise KeyboardInterrupt from None
+                    raise SystemExit(exit_status(interrupted)) from None
                 cause = self._controller.error
                 if cause is not None and isinstance(e, tf.errors.OpError):
                     raise cause from None
@@ -484,6 +495,12 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         self, call: keras_calls.KerasCall, arguments: dict[str, Any], stack: contextlib.ExitStack
     ) -> None:
         _check_model(call.model)
+        if self._member.interrupted is not None:
+            raise SyncDistError(
+                "Expected a worker that takes part in the job. Received: one that was interrupted "
+                f"by {self._member.interrupted.name}, so it takes part no more. Start the program "
+                "again to train on; evaluate, predict and save still work."
+            )
         # TensorFlow's own errors for a mixture say nothing of the scope.
         for variable in (
             *getattr(call.model.optimizer, "variables", ()),

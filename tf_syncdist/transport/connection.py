@@ -61,6 +61,10 @@ class Connection:
                 "no `ps`) runs, that TF_CONFIG names this address on every task, that no "
                 "firewall stands between, and that all tasks are given the same TLS options."
             ) from None
+        except BaseException:
+            # Ctrl-C or SIGTERM, in a program that may go on.
+            self._channel.close()
+            raise
 
     def start(self, first: Outgoing) -> None:
         """Opens the stream with its first message."""
