@@ -4,6 +4,7 @@ __all__ = [
     "AggregatorUnreachableError",
     "ClusterConfigError",
     "ModelMismatchError",
+    "NonFiniteGradientError",
     "ServiceError",
     "SyncDistError",
     "UnsupportedVersionError",
@@ -25,6 +26,10 @@ class AggregatorUnreachableError(SyncDistError, ConnectionError):
 
 class ModelMismatchError(SyncDistError, ValueError):
     """Workers are about to train variables that differ in name, shape or dtype."""
+
+
+class NonFiniteGradientError(SyncDistError, FloatingPointError):
+    """A worker's own gradients hold NaN or Inf, and `nonfinite="error"` was given."""
 
 
 class ServiceError(SyncDistError, RuntimeError):

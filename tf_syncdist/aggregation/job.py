@@ -26,6 +26,7 @@ from tf_syncdist.aggregation.rounds import (
     SliceSpec,
     Verdict,
 )
+from tf_syncdist.aggregation.withheld import Withheld
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.segments import host_id
@@ -193,6 +194,7 @@ class Job:
         self._relay = StateRelay(
             hello.num_workers, self._streams, self._rounds.position, self._on_event
         )
+        self._withheld = Withheld(self._rounds, self._streams, hello.shard == 0)
         self._present = set(range(hello.num_workers))
         self._gathered: dict[GatherKey, np.ndarray] = {}
         self._gather_results: dict[GatherKey, bytes] = {}
@@ -267,6 +269,7 @@ class Job:
         """Closes slices, after something that may also have changed whose turn it is."""
         self._delivery.close(closed)
         self._turned.notify_all()
+        self._withheld.ask(self._present)
 
     def _on_segment(self, worker: int, message: pb.Segment, *_: object) -> None:
         if self._streams[worker].opened is None:
@@ -301,6 +304,7 @@ class Job:
         except ValueError as e:
             raise invalid(f"Expected a fate. Received: fate={message.fate}.") from e
         progress = self._rounds.finish(worker, message.run, message.exchanges, fate)
+        self._rounds.counts[worker].nonfinite += message.nonfinite > 0
         self._delivery.progress(worker, progress)
         for voter in self._endings.voters(message.run):
             self._tell_unsaid(voter, message.run)

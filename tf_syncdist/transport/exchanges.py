@@ -33,6 +33,7 @@ class Exchanging(Link):
         self._over: list[dict[int, int]] = [{} for _ in config.addresses]
         self._sent: list[set[int]] = [set() for _ in config.addresses]
         self._gone: set[int] = set()
+        self._all_withheld: set[int] = set()
         self._finished = 0
 
     def exchanges_of(self, run: int) -> int | None:
@@ -154,7 +155,12 @@ class Exchanging(Link):
         self._send_all(pb.ToAggregator(late=pb.LateContribution(run=run)))
 
     def receive(
-        self, run: int, exchange: int, plan: Plan, arrays: Sequence[np.ndarray]
+        self,
+        run: int,
+        exchange: int,
+        plan: Plan,
+        arrays: Sequence[np.ndarray],
+        on_all_withheld: Callable[[], None] | None = None,
     ) -> tuple[int, int] | None:
         """Waits for the result of an exchange and writes it into `arrays`.
 
@@ -163,6 +169,8 @@ class Exchanging(Link):
             exchange: Number of the exchange in the run.
             plan: How the tensors are cut.
             arrays: Contiguous tensors to fill.
+            on_all_withheld: Given by a worker that keeps its values back; called if nobody else
+                contributes either, so that it must.
 
         Returns:
             In how many slices this worker's values are, and how many slices there are; `None` if
@@ -177,8 +185,11 @@ class Exchanging(Link):
         def known() -> int | None:
             return next((over[run] for over in self._over if run in over), None)
 
+        def is_asked() -> bool:
+            return on_all_withheld is not None and run in self._all_withheld
+
         def there() -> bool:
-            if self._results.get(key) or run in self._gone:
+            if self._results.get(key) or run in self._gone or is_asked():
                 return True
             return known() is not None and exchange >= known()
 
@@ -188,6 +199,13 @@ class Exchanging(Link):
         while left:
             with self._changed:
                 self._wait(there, f"the result of round {run}")
+                asked = is_asked()
+                if asked:
+                    self._all_withheld.discard(run)
+            if asked:
+                on_all_withheld()
+                continue
+            with self._changed:
                 slices = self._results.get(key, {})
                 come = [part for part in left if (part.shard, part.index) in slices]
                 if not come:
@@ -221,9 +239,9 @@ class Exchanging(Link):
                     lending.done(run, exchange)
         return used, wanted
 
-    def finish(self, run: int, exchanges: int, fate: int) -> None:
+    def finish(self, run: int, exchanges: int, fate: int, nonfinite: bool = False) -> None:
         """Tells the service that a run is done and forgets its results."""
-        body = pb.RunFinished(run=run, exchanges=exchanges, fate=fate)
+        body = pb.RunFinished(run=run, exchanges=exchanges, fate=fate, nonfinite=int(nonfinite))
         self._send_all(pb.ToAggregator(run_finished=body))
         with self._changed:
             self._finished = run + 1
@@ -233,6 +251,7 @@ class Exchanging(Link):
                 over.pop(run, None)
                 sent.discard(run)
             self._gone.discard(run)
+            self._all_withheld.discard(run)
             for lending in self._lending:
                 if lending is not None:
                     lending.done(run)
@@ -263,6 +282,10 @@ class Exchanging(Link):
             self._over[shard][message.run] = message.exchanges
             if message.sent:
                 self._sent[shard].add(message.run)
+
+    def _on_all_withheld(self, shard: int, message: pb.AllWithheld, *_: object) -> None:
+        if message.run >= self._finished:
+            self._all_withheld.add(message.run)
 
     def _on_history_gone(self, shard: int, message: pb.HistoryGone, *_: object) -> None:
         self._gone.add(message.run)
