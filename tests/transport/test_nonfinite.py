@@ -237,3 +237,27 @@ def test_rows_without_any_travel(serve: Serve) -> None:
         results = [np.full(s.shape, 7, s.dtype) for s in SPECS]
         assert trainer.session.receive(0, 0, way, results) == (len(way.slices), len(way.slices))
         assert _is(results, 0.0)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_who_keeps_back_what_nobody_else_has_input_for_ends_the_pass(
+    serve: Serve, shards: int
+) -> None:
+    service = serve(2, shards=shards)
+    first, second = (Trainer(s) for s in service.sessions())
+    _together(service, [first, second], [1.0], [2.0])
+    results: list[list[np.ndarray]] = []
+
+    def has_input() -> None:
+        assert first.session.enter_run(0, 1)
+        results.extend(first.do_run(NAN))
+        # It has begun the run, so it is the last one of the pass.
+        assert not first.session.enter_run(0, 2)
+
+    def has_none() -> None:
+        while not second.session.vote_end(0, second.controller.run):
+            results.extend(second.do_run(5.0))
+
+    service.together(has_input, has_none)
+    assert all(_is(tensors, 0.0) for tensors in results)
+    assert [t.controller.run for t in (first, second)] == [2, 2]
