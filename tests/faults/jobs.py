@@ -27,6 +27,7 @@ _BEHIND_ROUNDS = 3
 _SERVICE_END_SECONDS = 20.0
 # At least one and at most two lines of a trace.
 _LINE_BYTES = 140
+_LIFE = "TF_SYNCDIST_TEST_LIFE"
 
 
 class Life:
@@ -259,13 +260,13 @@ class FaultyJob:
             flags = [f"--host={host}", f"--port={port}"]
             flags += ["--insecure"] if self._machine is not None else []
             command = [sys.executable, "-m", "tf_syncdist.aggregator", *flags]
-            life.process = self._popen(command, {}, life)
+            life.process = self._popen(command, {_LIFE: str(life.path)}, life)
             return
         proxies = self._proxies.get(task)
         services = [p.address for p in proxies] if proxies else self._services
         cluster = {"worker": self._workers} | ({"ps": services} if services else {})
         config = {"cluster": cluster, "task": {"type": "worker", "index": int(index)}}
-        own = {"TF_CONFIG": json.dumps(config), "TF_SYNCDIST_TEST_LIFE": str(life.path)}
+        own = {"TF_CONFIG": json.dumps(config), _LIFE: str(life.path)}
         command = [self._program, json.dumps(self._arguments)]
         if self._machine is not None and task == "worker 1":
             prefixed = [*self._machine.prefix, sys.executable, *command]
@@ -382,6 +383,21 @@ class FaultyJob:
             if time.monotonic() > deadline:
                 self._fail("a service has not ended with its job")
             time.sleep(_POLL_SECONDS)
+        while left := self._children_left():
+            if time.monotonic() > deadline:
+                self._fail(f"processes were left behind: {left}")
+            time.sleep(_POLL_SECONDS)
+
+    def _children_left(self) -> dict[str, str]:
+        """Returns what tasks of this job have started and is still there."""
+        found = {}
+        mark = f"{_LIFE}={self._directory}/".encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (entry / "environ").read_bytes():
+                    command = (entry / "cmdline").read_bytes().replace(b"\0", b" ")
+                    found[entry.name] = command.decode(errors="replace")
+        return found
 
     def _fail(self, why: str) -> None:
         running = [x for x in self._all_lives() if x.process is not None and x.status is None]
