@@ -64,7 +64,7 @@ class Service:
 
 
 @dataclasses.dataclass
-class _Worker:
+class Task:
     """One started process, a worker or a service, and its files."""
 
     task: str
@@ -112,23 +112,23 @@ def run_cluster(
     """
     deadline = time.monotonic() + timeout_seconds
     give_up_at = time.time() + timeout_seconds * _WORKER_TIMEOUT_SHARE
-    addresses = _free_addresses(len(worker_flags) + len(services))
+    addresses = free_addresses(len(worker_flags) + len(services))
     cluster = {"worker": addresses[: len(worker_flags)]}
     if services:
         cluster["ps"] = addresses[len(worker_flags) :]
     with tempfile.TemporaryDirectory(prefix="benchmark_") as name:
         directory = pathlib.Path(name)
-        workers: list[_Worker] = []
-        servers: list[_Worker] = []
+        workers: list[Task] = []
+        servers: list[Task] = []
         try:
             for index, service in enumerate(services):
                 port = cluster["ps"][index].rpartition(":")[2]
                 flags = [flag.format(port=port, give_up_at=give_up_at) for flag in service.flags]
-                servers.append(_start(service.module, "ps", index, cluster, flags, directory))
+                servers.append(start(service.module, "ps", index, cluster, flags, directory))
             for index, flags in enumerate(worker_flags):
                 flags = [*flags, f"--give_up_at={give_up_at}"]
                 flags.append(f"--result_file={_result_file(directory, index)}")
-                workers.append(_start(module, "worker", index, cluster, flags, directory))
+                workers.append(start(module, "worker", index, cluster, flags, directory))
             _wait(workers, servers, services, deadline, timeout_seconds)
             return [_outcome(worker) for worker in workers]
         finally:
@@ -141,7 +141,7 @@ def _result_file(directory: pathlib.Path, index: int) -> pathlib.Path:
     return directory / f"worker_{index}.json"
 
 
-def _free_addresses(count: int) -> list[str]:
+def free_addresses(count: int) -> list[str]:
     """Returns addresses on this machine whose ports were free a moment ago."""
     with contextlib.ExitStack() as stack:
         # All are open at the same time, otherwise the same port could be returned twice.
@@ -151,14 +151,14 @@ def _free_addresses(count: int) -> list[str]:
         return [f"127.0.0.1:{sock.getsockname()[1]}" for sock in sockets]
 
 
-def _start(
+def start(
     module: str,
     task: str,
     index: int,
     cluster: Mapping[str, Sequence[str]],
     flags: Sequence[str],
     directory: pathlib.Path,
-) -> _Worker:
+) -> Task:
     """Starts task `index` with its output going to a file."""
     log_file = directory / f"{task}_{index}.log"
     environment = {
@@ -177,12 +177,12 @@ def _start(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return _Worker(task, index, process, log_file, _result_file(directory, index))
+    return Task(task, index, process, log_file, _result_file(directory, index))
 
 
 def _wait(
-    workers: Sequence[_Worker],
-    servers: Sequence[_Worker],
+    workers: Sequence[Task],
+    servers: Sequence[Task],
     services: Sequence[Service],
     deadline: float,
     timeout_seconds: float,
@@ -222,7 +222,7 @@ def _read_memory(pid: int) -> list[MemoryReading]:
     return []
 
 
-def _raise_failure(first: _Worker, everybody: Sequence[_Worker], deadline: float) -> None:
+def _raise_failure(first: Task, everybody: Sequence[Task], deadline: float) -> None:
     """Raises an error with the log of the process that failed first."""
     grace = min(deadline, time.monotonic() + _FAILURE_GRACE_SECONDS)
     while not all([worker.poll() for worker in everybody]) and time.monotonic() < grace:
@@ -234,7 +234,7 @@ def _raise_failure(first: _Worker, everybody: Sequence[_Worker], deadline: float
     )
 
 
-def _outcome(worker: _Worker) -> WorkerOutcome:
+def _outcome(worker: Task) -> WorkerOutcome:
     """Reads the result of a process that has ended well."""
     assert worker.exited_at is not None
     try:

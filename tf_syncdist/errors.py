@@ -6,6 +6,7 @@ __all__ = [
     "ClusterConfigError",
     "CredentialsError",
     "ModelMismatchError",
+    "NonFiniteGradientError",
     "ServiceError",
     "SyncDistError",
     "UnsupportedVersionError",
@@ -50,6 +51,10 @@ class ModelMismatchError(SyncDistError, ValueError):
 
     See docs/errors.md#modelmismatcherror.
     """
+
+
+class NonFiniteGradientError(SyncDistError, FloatingPointError):
+    """A worker's own gradients hold NaN or Inf, and `nonfinite="error"` was given."""
 
 
 class ServiceError(SyncDistError, RuntimeError):

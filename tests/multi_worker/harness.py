@@ -206,13 +206,13 @@ class _Job:
         if arguments[0] != "-m":
             log = self._log(name)
             log.touch()
-            self._processes[name] = _fork_server().start(arguments, env, self._directory, log)
+            self._processes[name] = fork_server().start(arguments, env, self._directory, log)
             return
         with self._log(name).open("wb") as log:
             self._processes[name] = subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=self._directory,
-                env=_environment() | env,
+                env=environment() | env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -295,7 +295,8 @@ class _Job:
         return found
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Returns the environment of a task, without what is its own."""
     return {k: v for k, v in os.environ.items() if k != "TF_CONFIG"} | _ENVIRONMENT
 
 
@@ -303,9 +304,10 @@ _servers: list[ForkServer] = []
 _server_lock = threading.Lock()
 
 
-def _fork_server() -> ForkServer:
+def fork_server() -> ForkServer:
+    """Returns the process that starts the workers of all tests."""
     with _server_lock:
         if not _servers:
-            _servers.append(ForkServer(_environment()))
+            _servers.append(ForkServer(environment()))
             atexit.register(_servers[0].close)
         return _servers[0]

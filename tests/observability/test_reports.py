@@ -23,6 +23,22 @@ def test_every_worker_has_a_line_that_says_how_it_did() -> None:
     ]
 
 
+def test_rounds_that_values_were_kept_back_from_are_told_if_there_are_any() -> None:
+    report = Report(
+        20,
+        (
+            WorkerReport(0, 20, 0, 0, 0, 0, 0.0, nonfinite=0),
+            WorkerReport(1, 17, 3, 0, 0, 0, 0.0, nonfinite=3),
+        ),
+    )
+    assert str(report).splitlines() == [
+        "20 rounds with 2 workers",
+        "worker 0 was in time in all 20 rounds, at the median",
+        "worker 1 was late in 3 of 20 rounds, kept back gradients with NaN or Inf in 3, "
+        "at the median",
+    ]
+
+
 def test_a_single_worker_has_no_rounds_with_others() -> None:
     assert str(Report(0, ())) == "0 rounds by a single worker"
 

@@ -19,6 +19,7 @@ from tf_syncdist.aggregation.records import Closed
 from tf_syncdist.aggregation.relays import StateRelay
 from tf_syncdist.aggregation.restoring import Restoring
 from tf_syncdist.aggregation.rounds import Rounds
+from tf_syncdist.aggregation.withheld import Withheld
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport.segments import host_id
 
@@ -113,6 +114,7 @@ class Attendance:
             self._on_event,
             self._worker_bytes,
         )
+        self._withheld = Withheld(rounds, self._streams, not hello.shard)
         self._members = Members(hello.num_workers, hello.detection_seconds)
         self._waits = waits.Waits()
         self._present = set(range(hello.num_workers))
@@ -267,3 +269,4 @@ class Attendance:
         """Closes slices, after something that may also have changed whose turn it is."""
         self._delivery.close(closed)
         self._turned.notify_all()
+        self._withheld.ask(self._rounds.awaited)

@@ -18,6 +18,7 @@ def reply(rounds: Rounds) -> pb.ReportReply:
                 missed=counts.fates[Fate.MISSED],
                 mean_delay_seconds=counts.mean_delay_seconds,
                 delays=counts.delays,
+                nonfinite=counts.nonfinite,
             )
             for index, counts in enumerate(rounds.counts)
         ],

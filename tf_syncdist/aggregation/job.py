@@ -270,6 +270,7 @@ class Job(Attendance):
         except ValueError as e:
             raise invalid(f"Expected a fate. Received: fate={message.fate}.") from e
         progress = self._rounds.finish(worker, message.run, message.exchanges, fate)
+        self._rounds.counts[worker].nonfinite += message.nonfinite > 0
         if progress.over:
             self._members.round_ended(self._clock())
         self._delivery.progress(worker, progress)

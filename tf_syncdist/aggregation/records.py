@@ -78,6 +78,7 @@ class WorkerCounts:
     def __init__(self) -> None:
         self.fates = dict.fromkeys(Fate, 0)
         self.partly_used = 0
+        self.nonfinite = 0
         self.delay_sum = 0.0
         self.delays = 0
 

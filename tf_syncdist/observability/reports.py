@@ -18,6 +18,7 @@ class WorkerReport(NamedTuple):
         missed: Rounds that it skipped by taking over another worker's state.
         mean_delay_seconds: Mean delay of its arrival behind the first worker's, over the rounds
             for which it computed.
+        nonfinite: Rounds from which it kept its values back, because some were not finite.
     """
 
     worker: int
@@ -27,6 +28,7 @@ class WorkerReport(NamedTuple):
     replayed: int
     missed: int
     mean_delay_seconds: float
+    nonfinite: int = 0
 
 
 class Report(NamedTuple):
@@ -62,6 +64,8 @@ class Report(NamedTuple):
             absent = self.rounds - w.contributed - w.late - w.replayed
             if absent > 0:
                 line += f" and absent from {absent}"
+            if w.nonfinite:
+                line += f", kept back gradients with NaN or Inf in {w.nonfinite}"
             where = "behind" if behind > 0 else "ahead of"
             delay = "at" if abs(behind) < 0.5 else f"{abs(behind):.0f} ms {where}"
             lines.append(f"{line}, {delay} the median")

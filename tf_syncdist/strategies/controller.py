@@ -2,6 +2,7 @@
 
 import collections
 import enum
+import functools
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from tf_syncdist.propagation.rows import Rows
 from tf_syncdist.propagation.slices import Bucket, Plan, TensorSpec, plan
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies.buffers import Buffers
+from tf_syncdist.strategies.nonfinite import Inspection, zeros
 from tf_syncdist.transport.session import Session, State
 
 
@@ -38,6 +40,7 @@ class LocalReport(NamedTuple):
         missed: Rounds among the replayed ones that it skipped by taking over another worker's
             state.
         wall_seconds: Time from the end of its first run to the end of its last.
+        nonfinite: Rounds in which its gradients were not finite, if it was to look at them.
     """
 
     worker: int
@@ -48,6 +51,7 @@ class LocalReport(NamedTuple):
     replayed: int
     missed: int
     wall_seconds: float
+    nonfinite: int = 0
 
 
 class RunSite(Protocol):
@@ -57,6 +61,10 @@ class RunSite(Protocol):
     unlike_replay: str
     synchronised: bool
     outputs: list[np.ndarray] | None
+
+    def name_of(self, exchange: int, tensor: int) -> str:
+        """Returns the name of the variable that a tensor of an exchange is for, if known."""
+        ...
 
 
 class StateStore(Protocol):
@@ -101,6 +109,10 @@ class RunController:
         on_begin: Called at the start of every training run.
         on_notice: Called with a line for the user.
         clock: Returns the time in seconds; monotonic.
+        nonfinite: See `SyncReplicasStrategy`.
+
+    Attributes:
+        offers_early: Whether parts of an exchange may be offered before all of it is there.
     """
 
     def __init__(
@@ -111,6 +123,7 @@ class RunController:
         on_begin: Callable[[], None],
         on_notice: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
+        nonfinite: str = "pass",
     ) -> None:
         self.run = 0
         self.error: BaseException | None = None
@@ -118,6 +131,8 @@ class RunController:
         self._session = session
         self._store = store
         self._bucket_bytes = bucket_bytes
+        self._inspection = Inspection(nonfinite, session.config.worker)
+        self.offers_early = not self._inspection.looks
         self._buffers = Buffers()
         self._on_begin = on_begin
         self._on_notice = on_notice
@@ -161,6 +176,7 @@ class RunController:
             self._session.begin_run(self.run)
             self._exchange = 0
             self._substitute = self._late = self._lost = self._withheld = False
+            self._inspection.begin_run()
             self.answer_state_requests()
             self._void = self._is_past_input()
             self._mode = self._decide(site)
@@ -195,6 +211,8 @@ class RunController:
             arrays: The tensors of this and later buckets, in their order.
         """
         with _recorded(self):
+            if not self.offers_early:
+                self._look_at(way, way.buckets[number:], arrays)
             self._send(way, way.buckets[number:], arrays)
             exchange, self._exchange = self._exchange, self._exchange + 1
             computes = self._mode is Mode.COMPUTE and not self._substitute
@@ -203,9 +221,7 @@ class RunController:
     def withhold(self) -> None:
         """Keeps back what this worker would give in later exchanges of the run."""
         with _recorded(self):
-            if self._mode is Mode.COMPUTE and not self._substitute and not self._withheld:
-                self._withheld = self._late = True
-                self._session.send_late(self.run)
+            self._withhold()
 
     def stored(self, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
         """Returns the stored result of the next exchange of a run that is replayed."""
@@ -234,7 +250,7 @@ class RunController:
                 fate = pb.REPLAYED
             # A thread that reads ahead may give this worker's state as soon as the run is finished.
             done, self.run = self.run, self.run + 1
-            self._session.finish(done, self._exchange, fate)
+            self._session.finish(done, self._exchange, fate, self._inspection.found)
             self._last_end = self._clock()
             if self._first_end is None:
                 self._first_end = self._last_end
@@ -283,6 +299,7 @@ class RunController:
             replayed=fates[pb.REPLAYED] + fates[pb.MISSED],
             missed=fates[pb.MISSED],
             wall_seconds=self._last_end - self._first_end if self._first_end else 0.0,
+            nonfinite=self._inspection.rounds,
         )
 
     def answer_state_requests(self) -> None:
@@ -426,9 +443,28 @@ class RunController:
                 self.run, self._exchange, way, _by_number(way, buckets, arrays), buckets
             )
 
+    def _withhold(self) -> None:
+        if self._mode is Mode.COMPUTE and not self._substitute and not self._withheld:
+            self._withheld = self._late = True
+            self._session.send_late(self.run)
+
+    def _look_at(self, way: Plan, buckets: Sequence[Bucket], arrays: Sequence[np.ndarray]) -> None:
+        """Keeps an exchange's values back if they are to be finite and are not."""
+        if self._mode is Mode.COMPUTE and not self._substitute and not self._withheld:
+            tensors = _by_number(way, buckets, arrays)
+            name_of = self._site.name_of
+            if self._inspection.rejects(self.run, self._exchange, tensors, name_of):
+                self._withhold()
+
+    def _give_zeros(self, number: int, way: Plan) -> None:
+        """Contributes to an exchange to which nobody else does either, so that it can end."""
+        self._withheld = False
+        self._session.send(self.run, number, way, zeros(way.specs))
+
     def _receive(self, number: int, way: Plan, computes: bool) -> list[np.ndarray]:
         results = self._buffers.take(way.specs)
-        found = self._session.receive(self.run, number, way, results)
+        give_zeros = functools.partial(self._give_zeros, number, way) if self._withheld else None
+        found = self._session.receive(self.run, number, way, results, give_zeros)
         if found is None:
             # The service heard so late of this run that it had forgotten the results. What the
             # run makes of zeros is overwritten by another worker's state when it ends.

@@ -126,6 +126,7 @@ class Membership:
                     w.replayed,
                     w.missed,
                     w.mean_delay_seconds,
+                    w.nonfinite,
                 )
                 for w in reply.workers
             ),

@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync
+from tf_syncdist.strategies.nonfinite import POLICIES
 from tf_syncdist.transport.credentials import Credentials
 
 COMPRESSIONS = {None: None, "float16": tf.float16, "bfloat16": tf.bfloat16}
@@ -55,6 +56,16 @@ def check(
             "`history_rounds` and `history_bytes` must be at least 0. "
             f"Received: history_rounds={history_rounds}, history_bytes={history_bytes}."
         )
+
+
+def check_nonfinite(nonfinite: str) -> None:
+    """Checks the name of what is done with values that are not finite.
+
+    Raises:
+        ValueError: If there is no such policy.
+    """
+    if nonfinite not in POLICIES:
+        raise ValueError(f"`nonfinite` must be one of {POLICIES}. Received: {nonfinite!r}.")
 
 
 def check_order(deterministic: bool, cutoff: CutoffPolicy, num_workers: int) -> None:

@@ -74,6 +74,18 @@ class Site:
         self.shared_updates: dict[tuple[int, ...], Callable] = {}
         self._begin(replaying=False)
 
+    def name_of(self, exchange: int, tensor: int) -> str:
+        """Returns the name of the variable that a tensor of an exchange is for, if known."""
+        exchanges_each = 2 if self.scalers else 1
+        regular = len(self.exchanges) == exchanges_each * len(self.updates)
+        if not regular or exchange // exchanges_each >= len(self.updates):
+            return ""
+        optimizer, variables = self.updates[exchange // exchanges_each]
+        if tensor >= len(variables):
+            return ""
+        by_value = {id(v.value): v.path for v in adapter.trained_by(optimizer)}
+        return by_value.get(id(variables[tensor]), "")
+
     def begin_replay(self) -> None:
         """Takes note that exchanges from now on are those of a replay."""
         self.replayed_exchanges = []
@@ -343,7 +355,7 @@ class Runs(adapter.Hooks):
                 for v in wire
             ]
         )
-        last = max(len(way.buckets) - 1, 0)
+        last = max(len(way.buckets) - 1, 0) if self.controller.offers_early else 0
         for number, bucket in enumerate(way.buckets[:last]):
             give = self._in_run(functools.partial(self.controller.offer, way, number))
             self._emit(site, give, _parts(wire[t] for t in bucket.tensors), ())

@@ -81,6 +81,13 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             job end with the same bits. Needs all workers (no backup workers). Default: `False`,
             in the order of arrival. Over gRPC the service reads a worker's values only when it
             is their turn.
+        nonfinite: What a worker does with gradients of its own that hold NaN or Inf. "pass" (the
+            default) sends them unseen. "drop" keeps everything of the worker out of that round,
+            and the others go on without it; the report counts such rounds. "error" ends this
+            worker's program with a `NonFiniteGradientError`, and the others go on without it.
+            Both look at every value before any is sent, which costs a pass over memory and the
+            overlap of sending with backpropagation. Gradients are looked at as they are sent,
+            after `compression`, and, under a `LossScaleOptimizer`, only where it applies them.
         history_rounds: Results are kept for at least this many rounds for workers that are
             behind. Default: 4.
         history_bytes: And for more rounds, while they need at most this many bytes. Default:
@@ -131,6 +138,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         transport: str = "auto",
         compression: str | None = None,
         deterministic: bool = False,
+        nonfinite: str = "pass",
         history_rounds: int = 4,
         history_bytes: int = 512 * 2**20,
         min_workers: int = 1,
@@ -141,6 +149,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
     ) -> None:
         policy = options.policy(backup_workers, cutoff)
         options.check(bucket_bytes, transport, compression, history_rounds, history_bytes)
+        options.check_nonfinite(nonfinite)
         role = roles.resolve(cluster_resolver)
         self._aggregate = policy.replicas_to_aggregate(role.num_workers)
         options.check_faults(min_workers, detection_seconds, role.num_workers)
@@ -191,13 +200,15 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         self._collective_key_base = next(self._collective_keys)
         super().__init__(adapter.WorkerExtended(self, devices, first_replica, self._runs))
         if self._member is not None:
-            self._start(bucket_bytes)
+            self._start(bucket_bytes, nonfinite)
         keras_calls.install(self)
 
-    def _start(self, bucket_bytes: int | None) -> None:
+    def _start(self, bucket_bytes: int | None, nonfinite: str) -> None:
         session = self._member.session
         state = CommonState(self._registry)
-        self._controller = RunController(session, state, bucket_bytes, self._before_run, say)
+        self._controller = RunController(
+            session, state, bucket_bytes, self._before_run, say, nonfinite=nonfinite
+        )
         self._epochs = EpochExchange(
             session, state, lambda: self._controller.runs_done, self._controller.mend
         )

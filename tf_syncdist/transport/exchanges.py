@@ -41,11 +41,12 @@ class Exchanging(Link):
         ]
         self._offered: list[list[Outgoing]] = [[] for _ in config.addresses]
         self._is_late = False
-        self._done: dict[int, tuple[int, int]] = {}
+        self._done: dict[int, tuple[int, int, bool]] = {}
         self._fates = dict.fromkeys((pb.CONTRIBUTED, pb.LATE, pb.REPLAYED, pb.MISSED), 0)
         self._over: list[dict[int, int]] = [{} for _ in config.addresses]
         self._sent: list[set[int]] = [set() for _ in config.addresses]
         self._gone: set[int] = set()
+        self._all_withheld: set[int] = set()
         self._finished = 0
 
     def exchanges_of(self, run: int) -> int | None:
@@ -167,7 +168,12 @@ class Exchanging(Link):
             self._send_all(pb.ToAggregator(late=pb.LateContribution(run=run)))
 
     def receive(
-        self, run: int, exchange: int, plan: Plan, arrays: Sequence[np.ndarray]
+        self,
+        run: int,
+        exchange: int,
+        plan: Plan,
+        arrays: Sequence[np.ndarray],
+        on_all_withheld: Callable[[], None] | None = None,
     ) -> tuple[int, int] | None:
         """Waits for the result of an exchange and writes it into `arrays`.
 
@@ -176,6 +182,8 @@ class Exchanging(Link):
             exchange: Number of the exchange in the run.
             plan: How the tensors are cut.
             arrays: Contiguous tensors to fill.
+            on_all_withheld: Given by a worker that keeps its values back; called if nobody else
+                contributes either, so that it must.
 
         Returns:
             In how many slices this worker's values are, and how many slices there are; `None` if
@@ -190,9 +198,13 @@ class Exchanging(Link):
         def known() -> int | None:
             return next((over[run] for over in self._over if run in over), None)
 
+        def is_asked() -> bool:
+            return on_all_withheld is not None and run in self._all_withheld
+
         def there() -> bool:
             slices = self._results.get(key, {})
-            if run in self._gone or any((p.shard, p.index) in slices for p in left):
+            come = any((p.shard, p.index) in slices for p in left)
+            if come or run in self._gone or is_asked():
                 return True
             return known() is not None and exchange >= known()
 
@@ -202,6 +214,13 @@ class Exchanging(Link):
         while left:
             with self._changed:
                 self._wait(there, f"the result of round {run}")
+                asked = is_asked()
+                if asked:
+                    self._all_withheld.discard(run)
+            if asked:
+                on_all_withheld()
+                continue
+            with self._changed:
                 slices = self._results.get(key, {})
                 come = [part for part in left if (part.shard, part.index) in slices]
                 if not come:
@@ -235,14 +254,14 @@ class Exchanging(Link):
                     lending.done(run, exchange)
         return used, wanted
 
-    def finish(self, run: int, exchanges: int, fate: int) -> None:
+    def finish(self, run: int, exchanges: int, fate: int, nonfinite: bool = False) -> None:
         """Tells the service that a run is done and forgets its results."""
         with self._changed:
             self._fates[fate] += exchanges > 0
-            self._done[run] = (exchanges, fate)
+            self._done[run] = (exchanges, fate, nonfinite)
             self._done.pop(run - _MOST_DONE, None)
             self._forget(run + 1)
-            self._send_all(_run_finished(run, exchanges, fate))
+            self._send_all(_run_finished(run, exchanges, fate, nonfinite))
 
     def resume(self, run: int, missed: int) -> None:
         """Goes on from a later run: this worker has taken over another's state.
@@ -272,6 +291,7 @@ class Exchanging(Link):
         for key in [k for k in self._results if k[0] < run]:
             del self._results[key]
         self._gone = {r for r in self._gone if r >= run}
+        self._all_withheld = {r for r in self._all_withheld if r >= run}
         for shard, lending in enumerate(self._lending):
             self._offered[shard] = []
             self._over[shard] = {r: n for r, n in self._over[shard].items() if r >= run}
@@ -288,7 +308,7 @@ class Exchanging(Link):
         standing.replayed = self._fates[pb.REPLAYED]
         standing.missed = self._fates[pb.MISSED]
         for run in sorted({*self._held[shard], *self._done}):
-            exchanges, fate = self._done.get(run, (0, pb.MISSED))
+            exchanges, fate, _ = self._done.get(run, (0, pb.MISSED, False))
             slices = self._held[shard].get(run, {})
             done = run < self._finished
             if done and (fate == pb.MISSED or (exchanges and not slices)):
@@ -355,12 +375,16 @@ class Exchanging(Link):
             if message.sent:
                 self._sent[shard].add(message.run)
 
+    def _on_all_withheld(self, shard: int, message: pb.AllWithheld, *_: object) -> None:
+        if message.run >= self._finished:
+            self._all_withheld.add(message.run)
+
     def _on_history_gone(self, shard: int, message: pb.HistoryGone, *_: object) -> None:
         self._gone.add(message.run)
 
 
-def _run_finished(run: int, exchanges: int, fate: int) -> pb.ToAggregator:
-    body = pb.RunFinished(run=run, exchanges=exchanges, fate=fate)
+def _run_finished(run: int, exchanges: int, fate: int, nonfinite: bool) -> pb.ToAggregator:
+    body = pb.RunFinished(run=run, exchanges=exchanges, fate=fate, nonfinite=nonfinite)
     return pb.ToAggregator(run_finished=body)
 
 

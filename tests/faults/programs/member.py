@@ -1,0 +1,106 @@
+"""What every worker program of these tests does: read arguments, say where it is, write results."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+import tf_syncdist
+
+ARGUMENTS: dict[str, Any] = json.loads(sys.argv[1])
+_LIFE = os.environ["TF_SYNCDIST_TEST_LIFE"]
+
+# The machine may be busy with other tests.
+PATIENCE = {
+    "connect_timeout_seconds": 60.0,
+    "timeout_seconds": 90.0,
+    "bucket_bytes": 300,
+}
+
+
+class Trace:
+    """A file with a line after each run: how many rounds there were, and what the variables are.
+
+    Args:
+        optimizer: Counts the rounds.
+        variables: The variables.
+    """
+
+    def __init__(self, optimizer: keras.optimizers.Optimizer, variables: list) -> None:
+        self._file = open(f"{_LIFE}.trace", "a", buffering=1)
+        self._optimizer = optimizer
+        self._variables = variables
+        self._file.write("0 joined\n")
+
+    def note(self) -> None:
+        """Adds a line."""
+        rounds = int(self._optimizer.iterations.numpy())
+        sha256 = tf_syncdist.variables_sha256([*self._variables, *self._optimizer.variables])
+        self._file.write(f"{rounds} {sha256}\n")
+
+
+class Callback(keras.callbacks.Callback):
+    """Notes every run."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self._trace = trace
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self._trace.note()
+
+
+class Pause(keras.layers.Layer):
+    """Takes its time in training, so that the cores of the machine do not decide."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.seconds = seconds
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        if not training or not self.seconds:
+            return inputs
+
+        def pause() -> int:
+            time.sleep(self.seconds)
+            return 0
+
+        with tf.control_dependencies([tf.numpy_function(pause, [], tf.int64)]):
+            return tf.identity(inputs)
+
+
+def model_and_optimizer(strategy: tf_syncdist.SyncReplicasStrategy) -> tuple:
+    """Returns a small model and its optimizer; each worker begins with other values."""
+    keras.utils.set_random_seed(ARGUMENTS.get("seed", 0) + strategy.worker_index)
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.Input((16,)),
+                Pause(ARGUMENTS.get("step_seconds", 0.05)),
+                keras.layers.Dense(24, activation="relu"),
+                keras.layers.Dense(8),
+                keras.layers.Dense(4),
+            ]
+        )
+        optimizer = keras.optimizers.Adam(3e-3)
+        optimizer.build(model.trainable_variables)
+    return model, optimizer
+
+
+def write(strategy: Any, model: keras.Model, optimizer: Any, **more: Any) -> None:
+    """Writes this worker's results, all at once."""
+    results = {
+        "rounds": int(optimizer.iterations.numpy()),
+        "weights_sha256": tf_syncdist.variables_sha256(model.trainable_variables),
+        "optimizer_sha256": tf_syncdist.variables_sha256(optimizer.variables),
+        "local": strategy.local_report()._asdict(),
+        **more,
+    }
+    unfinished = Path(f"{_LIFE}.tmp")
+    unfinished.write_text(json.dumps(results))
+    os.replace(unfinished, f"{_LIFE}.json")
