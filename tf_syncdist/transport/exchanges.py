@@ -384,7 +384,7 @@ class Exchanging(Link):
 
 
 def _run_finished(run: int, exchanges: int, fate: int, nonfinite: bool) -> pb.ToAggregator:
-    body = pb.RunFinished(run=run, exchanges=exchanges, fate=fate, nonfinite=nonfinite)
+    body = pb.RunFinished(run=run, exchanges=exchanges, fate=fate, nonfinite=int(nonfinite))
     return pb.ToAggregator(run_finished=body)
 
 
