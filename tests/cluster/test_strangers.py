@@ -84,5 +84,5 @@ def test_ten_thousand_random_strings_to_every_method_change_nothing() -> None:
         assert session.receive(0, 0, WAY, [np.empty(4, "f4")]) == (1, 1)
         refused = dict(session.report().refused)
         assert refused.pop(UNKNOWN_METHOD) == STRINGS
-        assert list(refused.values()) == [2 * STRINGS]
+        assert sum(refused.values()) == 2 * STRINGS
         session.close()

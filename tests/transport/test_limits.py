@@ -265,23 +265,50 @@ def test_one_connection_cannot_take_all_streams(serve: Serve) -> None:
 
 
 def test_a_worker_that_reads_nothing_is_given_up(serve: Serve) -> None:
-    """It is sent the results of four rounds, of which gRPC takes some bytes; others go on."""
-    elements = 2**22
-    way = plan([TensorSpec("float32", (elements,))], 2**26, 1)
-    service = serve(2, b=1, limits=Limits(worker_bytes=2**25), transport="grpc")
+    """What others gather is sent to it, of which gRPC takes some bytes; others go on."""
+    service = serve(2, b=1, limits=Limits(worker_bytes=2**24), transport="grpc")
     over = threading.Event()
     first = hello_of(service, 1, b=1)
     with channels_to(service.config.addresses[0], 1) as (channel,):
         call = channel.stream_stream(wire.TRAIN)(hang(over, first), timeout=60)
         service.until(lambda: any("worker 1 joined" in e for e in service.events))
         session = service.session(0)
-        for run in range(8):
+        for serial in range(12):
+            values = np.ones(2**19)
+            assert session.gather(pb.METRICS, serial, 0, values=values).contributors == (0,)
+        service.until(lambda: any("worker 1 is gone" in e for e in service.events))
+        assert service.servers[0].refused == {"worker that does not read": 1}
+        session.send(0, 0, WAY, [np.ones(4, "f4")])
+        assert session.receive(0, 0, WAY, [np.empty(4, "f4")]) == (1, 1)
+        assert end(call) == grpc.StatusCode.CANCELLED
+    over.set()
+
+
+def test_results_do_not_count_for_a_worker_that_is_slow_to_read(serve: Serve) -> None:
+    """They are the same bytes for all, which the service keeps anyway."""
+    elements = 2**20
+    way = plan([TensorSpec("float32", (elements,))], 2**24, 1)
+    service = serve(2, b=1, limits=Limits(worker_bytes=2**23), transport="grpc")
+    over = threading.Event()
+    with channels_to(service.config.addresses[0], 1) as (channel,):
+        first = hello_of(service, 1, b=1)
+        call = channel.stream_stream(wire.TRAIN)(hang(over, first), timeout=60)
+        service.until(lambda: any("worker 1 joined" in e for e in service.events))
+        session = service.session(0)
+        for run in range(4):
             session.send(run, 0, way, [np.ones(elements, "f4")])
             assert session.receive(run, 0, way, [np.empty(elements, "f4")])
             session.finish(run, 1, Fate.CONTRIBUTED)
-        service.until(lambda: any("worker 1 is gone" in e for e in service.events))
-        assert service.servers[0].refused == {"worker that does not read": 1}
-        assert end(call) == grpc.StatusCode.CANCELLED
+        results = []
+        for data in call:
+            header, payload = wire.decode(pb.ToWorker, data)
+            if header.WhichOneof("body") == "result":
+                results.append((header.result.run, payload.nbytes))
+            if len(results) == 4:
+                break
+        assert results == [(run, 4 * elements) for run in range(4)]
+        assert service.servers[0].refused == {}
+        call.cancel()
     over.set()
 
 
@@ -311,6 +338,20 @@ def test_what_a_stuck_stream_was_refused_for_does_not_hold_a_thread(serve: Serve
         service.until(lambda: len(service.servers[0]._streams._streams) == 1)  # noqa: SLF001
         assert end(call) != grpc.StatusCode.OK
     over.set()
+
+
+def test_who_is_not_of_the_job_is_counted_as_that(serve: Serve) -> None:
+    service = serve(2)
+    session = service.session(0)
+    with channels_to(service.config.addresses[0], 1) as (channel,):
+        for worker, b in ((2, 0), (7, 0), (1, 1), (0, 0)):
+            messages = iter([hello_of(service, worker, b)])
+            call = channel.stream_stream(wire.TRAIN)(messages, timeout=20)
+            assert end(call) != grpc.StatusCode.OK
+    assert dict(session.report().refused) == {
+        "worker that is not of this job": 3,
+        "worker that is there already": 1,
+    }
 
 
 def test_an_error_of_the_service_is_no_orderly_end(

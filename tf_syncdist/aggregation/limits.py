@@ -32,9 +32,9 @@ TOO_MUCH = "worker that takes too much"
 
 
 def default_worker_bytes() -> int:
-    """Returns half of the memory that is available now."""
+    """Returns half of the memory that is available now, but at least 1 GiB."""
     available = available_bytes()
-    return _FALLBACK_BYTES if available is None else max(2**28, available // 2)
+    return _FALLBACK_BYTES if available is None else max(2**30, available // 2)
 
 
 class Limits(NamedTuple):

@@ -93,9 +93,11 @@ class ResultMemory:
 
     def _carve(self, size: int, expected: int) -> Block | None:
         if not self._segments or self._used + size > self._segments[-1].offer.size:
+            expected = min(expected, self._most_bytes - sum(s.offer.size for s in self._segments))
+            if expected < size:
+                # This result travels in messages; a later one finds blocks that were given back.
+                return None
             try:
-                if sum(s.offer.size for s in self._segments) + size > self._most_bytes:
-                    raise SegmentError(f"{self._most_bytes} bytes of shared memory are in use")
                 # Few segments: until workers have opened one, results travel in messages.
                 self._segments.append(Segment.create(max(size, expected, _LEAST_BYTES)))
             except SegmentError as e:

@@ -51,12 +51,13 @@ class Outbox:
     """A queue of encoded messages that one stream drains.
 
     It holds references only: an aggregated slice is one buffer for all receivers. The rounds'
-    window bounds how many results can stand in it, and `most_bytes` everything, for a worker that
-    does not read what it is sent.
+    window bounds how many results can stand in it, and `most_bytes` everything else, for a worker
+    that does not read what it is sent.
 
     Args:
         shares: Whether the worker wants to share memory with the service.
-        most_bytes: How many bytes may stand in it; a stream for which there is more is refused.
+        most_bytes: How many bytes may stand in it besides results; a stream for which there is
+            more is refused.
 
     Attributes:
         opened: The service's segments that the worker can read; `None` if it shares none.
@@ -71,17 +72,21 @@ class Outbox:
         # Each is written by one side only: the job, under its lock, and the stream.
         self._put_bytes = 0
         self._taken_bytes = 0
+        # What each message counts for, in the same order.
+        self._sizes: queue.SimpleQueue[int] = queue.SimpleQueue()
         # `None` says that nothing more comes.
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closed = False
         self._refusal: Refused | None = None
 
-    def put(self, message: bytes) -> None:
+    def put(self, message: bytes, is_result: bool = False) -> None:
         """Appends a message; does nothing once closed."""
         if self._closed:
             return
-        self._put_bytes += len(message) + _MESSAGE_BYTES
+        size = _MESSAGE_BYTES if is_result else len(message) + _MESSAGE_BYTES
+        self._put_bytes += size
         if self._put_bytes - self._taken_bytes <= self._most_bytes:
+            self._sizes.put(size)
             self._messages.put(message)
             return
         refusal = Refused(
@@ -128,7 +133,7 @@ class Outbox:
                 return
             yield message
             # gRPC has taken the message over when it asks for the next one.
-            self._taken_bytes += len(message) + _MESSAGE_BYTES
+            self._taken_bytes += self._sizes.get_nowait()
 
 
 class Streams(dict[int, Outbox]):

@@ -15,6 +15,10 @@ from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.guards import Refusals
 
+# Not counted: gRPC does not tell a client that has gone away from one that has sent nothing.
+_SAID_NOTHING = "stream without a message"
+NOT_OURS = "worker that is not of this job"
+
 _log = logging.getLogger("tf_syncdist")
 
 
@@ -95,11 +99,10 @@ class TrainStream:
         worker = None
         why = "its connection was closed"
         try:
-            data, broke = self._next()
+            data, _ = self._next()
             if data is None:
-                gone = broke or not self._context.is_active()
-                code = grpc.StatusCode.CANCELLED if gone else grpc.StatusCode.INVALID_ARGUMENT
-                raise Refused(code, "Expected Hello.")
+                invalid = grpc.StatusCode.INVALID_ARGUMENT
+                raise Refused(invalid, "Expected Hello.", _SAID_NOTHING)
             worker = self._join(data)
             while True:
                 data, broke = self._next()
@@ -113,7 +116,7 @@ class TrainStream:
         except Refused as e:
             why = "it sent what the service refuses"
             self._end(e)
-        except Exception as e:  # noqa: BLE001 - whatever it is, the worker must not take it for an orderly end
+        except Exception as e:  # noqa: BLE001 - the worker must not take it for an orderly end
             _log.exception("while handling what a worker sent")
             why = f"the service failed on what it sent: {type(e).__name__}"
             self._end(
@@ -146,7 +149,12 @@ class TrainStream:
                 grpc.StatusCode.INVALID_ARGUMENT, "Expected Hello as the first message of a stream."
             )
         worker = header.hello.worker
-        outbox = self._job.join(header.hello)
+        try:
+            outbox = self._job.join(header.hello)
+        except Refused as e:
+            if e.code is grpc.StatusCode.INVALID_ARGUMENT:
+                e.reason = NOT_OURS
+            raise
         outbox.on_overflow = self._overflow
         self._outbox = outbox
         # If the stream has ended meanwhile, gRPC does not call back any more.
@@ -170,8 +178,7 @@ class TrainStream:
     def _count(self, refusal: Refused) -> None:
         """Counts a refusal once, whichever thread comes to know of it first."""
         with self._lock:
-            # A client that has given up itself was refused nothing.
-            if self._counted or refusal.code is grpc.StatusCode.CANCELLED:
+            if self._counted or refusal.reason == _SAID_NOTHING:
                 return
             self._counted = True
         self._refusals.add(refusal.reason, refusal.details)

@@ -244,10 +244,12 @@ class Link:
         with self._changed:
             if self._error is not None or connection is not self._connections[shard]:
                 return
+            # Before a welcome it says that too many come at once, and later that this one is too much.
+            crowded = code is grpc.StatusCode.RESOURCE_EXHAUSTED and not self._ready[shard]
             self._ready[shard] = False
             now = time.monotonic()
             since = self._down_since[shard] = self._down_since[shard] or now
-        if code not in _PASSING or self._leaving:
+        if (code not in _PASSING and not crowded) or self._leaving:
             self.cancel(error)
             return
         patience = self.config.connect_timeout_seconds
