@@ -32,7 +32,10 @@ class Job:
 
     def __init__(self, num_workers: int, policy: CutoffPolicy) -> None:
         self.at = [0] * num_workers
-        self.gathers = Gathers(num_workers, policy, lambda worker: self.at[worker])
+        self.there = set(range(num_workers))
+        self.gathers = Gathers(
+            num_workers, policy, lambda worker: self.at[worker], lambda: self.there
+        )
 
     def come(self, worker: int, run: int) -> tuple[bool, list[GatherClosed]]:
         """Lets a worker that has done `run` runs take part; returns what comes of it."""
@@ -78,17 +81,17 @@ def test_workers_behind_are_waited_for() -> None:
 def test_nobody_waits_for_workers_that_have_left() -> None:
     job = Job(3, FullSync())
     job.come(0, 5)
-    job.gathers.leave(2)
+    job.there.discard(2)
     assert job.gathers.close(0.0) == []
-    job.gathers.leave(1)
-    job.gathers.leave(1)
+    job.there.discard(1)
+    job.there.discard(1)
     assert job.gathers.close(0.0) == [gathered(5, (0,))]
 
 
 def test_what_a_leaver_had_sent_stays_in() -> None:
     job = Job(3, FullSync())
     job.come(2, 5)
-    job.gathers.leave(2)
+    job.there.discard(2)
     assert job.come(0, 5) == (True, [])
     assert job.come(1, 5) == (True, [gathered(5, (2, 0, 1))])
 
@@ -165,7 +168,7 @@ def test_a_start_does_not_wait_for_worker_0_when_it_cannot_come() -> None:
         take_part(job, 1, START)
         assert take_part(job, 2, START) == []
         if leaves:
-            job.gathers.leave(0)
+            job.there.discard(0)
         else:
             job.at[0] = 6
         (closed,) = job.gathers.close(0.0)

@@ -13,7 +13,13 @@ from tf_syncdist.transport import wire
 def hello(worker: int, num_workers: int, b: int, **changes: object) -> pb.Hello:
     """A worker's first message."""
     policy = cutoff.serialize(cutoff.BackupWorkers(b))
-    config = {"protocol": wire.PROTOCOL, "num_shards": 1, "cutoff": policy}
+    config = {
+        "protocol": wire.PROTOCOL,
+        "num_shards": 1,
+        "cutoff": policy,
+        "min_workers": 1,
+        "detection_seconds": 3.0,
+    }
     return pb.Hello(**{**config, "worker": worker, "num_workers": num_workers, **changes})
 
 

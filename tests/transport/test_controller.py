@@ -137,7 +137,7 @@ def test_the_first_error_stays_the_error(serve: Serve) -> None:
 
 
 def test_a_service_that_is_gone_is_the_error_of_the_run(serve: Serve) -> None:
-    service = serve(1)
+    service = serve(1, connect_timeout_seconds=0.5)
     (worker,) = service.workers()
     worker.do_run(worker.site())
     service.servers[0].close(grace_seconds=0)

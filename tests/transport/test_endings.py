@@ -218,7 +218,7 @@ def test_a_run_in_the_hands_of_a_prefetcher_is_begun(serve: Serve) -> None:
     second.begin_run(1)
     voted = threading.Thread(target=first.vote_end, args=(0, 1))
     voted.start()
-    service.until(lambda: service.servers[0].job._endings.asked(1))
+    service.until(lambda: service.servers[0].job._ends._endings.asked(1))
     time.sleep(0.1)
     assert not second._promised and second.enter_run(0, 1)
     first.leave_pass(0)
@@ -342,7 +342,7 @@ def test_a_worker_that_leaves_a_pass_early_releases_those_that_wait_in_it(serve:
     assert second.session.enter_run(0, 0)
 
     def leave() -> None:
-        service.until(lambda: service.servers[0].job._endings.asked(1))
+        service.until(lambda: service.servers[0].job._ends._endings.asked(1))
         assert second.session.enter_run(1, 0)
         second.do_run()
         assert second.session.vote_end(1, 1)
@@ -360,8 +360,7 @@ def test_a_worker_that_is_taken_past_a_run_need_not_wait_for_it(serve: Serve, sh
     for _ in range(9):
         first.do_run()
     service.until(lambda: second.session.exchanges_of(8) is not None)
-    for run in range(9):
-        second.session.finish(run, second.session.exchanges_of_missed(run), Fate.MISSED)
+    second.session.resume(9, 9)
     assert second.session.enter_run(0, 5)
     assert not second.session.vote_end(0, 5)
     assert second.session.end_of(0) is None

@@ -159,8 +159,9 @@ def test_kinds_do_not_mix_and_nothing_stays(serve: Serve) -> None:
 
     service.together(*(functools.partial(work, s) for s in sessions))
     job = service.servers[0].job
-    service.until(lambda: not job._gather_results and not job._gathers._gathers)
-    assert not job._gathered
+    gathers = job._gathers
+    service.until(lambda: not gathers._results and not gathers._gathers._gathers)
+    assert not gathers._totals
 
 
 def test_what_others_gather_does_not_pile_up(serve: Serve) -> None:

@@ -66,6 +66,10 @@ class Process:
         self._process.kill()
         self._process.wait(_SECONDS)
 
+    def end(self) -> None:
+        """Asks it to end."""
+        self._process.terminate()
+
     def wait(self) -> int:
         """Waits until it has ended by itself, and returns how."""
         return self._process.wait(_SECONDS)
@@ -151,6 +155,7 @@ def test_a_worker_that_is_killed(seed: int) -> None:
         assert own and not own & memory_of(service)
         for worker in others:
             worker.kill()
+        service.end()
         assert service.wait() == 0
     check_nothing_is_left([service, *workers])
 

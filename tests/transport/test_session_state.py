@@ -7,6 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tf_syncdist.aggregation import membership, relays
 from tf_syncdist.aggregation.rounds import Fate
 from tf_syncdist.errors import ModelMismatchError, ServiceError, SyncDistError, WaitTimeoutError
 from tf_syncdist.propagation.slices import TensorSpec, plan
@@ -126,7 +127,10 @@ def test_the_variables_of_worker_0_come_to_all_others(
         assert same(received, values)
 
 
-def test_workers_learn_that_worker_0_is_lost_before_it_gave_its_variables(serve: Serve) -> None:
+def test_workers_learn_that_worker_0_is_lost_before_it_gave_its_variables(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "AWAY_SECONDS", 0.3)
     service = serve(3, timeout_seconds=3)
     first, *others = service.sessions()
     service.together(*(functools.partial(s.agree, 0, MODEL) for s in (first, *others)))
@@ -148,8 +152,7 @@ def test_a_worker_too_far_behind_gets_the_state_of_one_that_is_not(serve: Serve)
     received = receiver.receive_state(specs_of(values))
     assert received.run == 9 and same(received.values, values)
     # Both go on from there.
-    for run in range(4, 9):
-        receiver.finish(run, receiver.exchanges_of_missed(run), Fate.MISSED)
+    receiver.resume(9, 5)
     assert do_run(giver, 9)
     service.until(lambda: receiver.exchanges_of(9) is not None)
     assert do_run(receiver, 9, Fate.REPLAYED)
@@ -158,10 +161,13 @@ def test_a_worker_too_far_behind_gets_the_state_of_one_that_is_not(serve: Serve)
     assert (report.missed, report.contributed, report.late) == (5, 0, 0)
 
 
-def test_a_worker_that_is_not_behind_gets_no_state(serve: Serve) -> None:
+def test_a_worker_that_is_not_behind_gets_no_state(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relays, "_NOBODY_SECONDS", 0.3)
     first, second = serve(2).sessions()
     second.request_state(0)
-    with pytest.raises(ServiceError, match="INVALID_ARGUMENT.*further than worker 1"):
+    with pytest.raises(ServiceError, match="FAILED_PRECONDITION.*as far as worker 1"):
         second.receive_state(MODEL)
     assert first.take_state_requests() == []
 
@@ -189,8 +195,7 @@ def test_a_worker_that_was_not_asked_may_not_answer(serve: Serve) -> None:
 
 def test_another_worker_is_asked_when_the_giver_is_lost(serve: Serve) -> None:
     service, (giver, receiver, third) = behind(serve, 3)
-    for run in range(4, 9):
-        third.finish(run, 1, Fate.MISSED)
+    third.resume(9, 5)
     service.until(lambda: third.report().workers[2].missed == 5)
     receiver.request_state(4)
     service.until(giver.take_state_requests)
@@ -201,7 +206,10 @@ def test_another_worker_is_asked_when_the_giver_is_lost(serve: Serve) -> None:
     assert same(receiver.receive_state(specs_of(values)).values, values)
 
 
-def test_a_receiver_is_told_when_the_only_possible_giver_is_lost(serve: Serve) -> None:
+def test_a_receiver_is_told_when_the_only_possible_giver_is_lost(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relays, "_NOBODY_SECONDS", 0.3)
     service, (giver, receiver) = behind(serve, timeout_seconds=3)
     receiver.request_state(4)
     service.until(giver.take_state_requests)
@@ -217,8 +225,7 @@ def test_others_go_on_when_the_only_possible_giver_is_lost(serve: Serve) -> None
     giver.close()
     service.until(lambda: any("worker 0 is gone" in n for n in service.notices[2]), seconds=3)
     receiver.close()
-    for run in range(4, 9):
-        third.finish(run, 1, Fate.MISSED)
+    third.resume(9, 5)
     assert do_run(third, 9)
 
 

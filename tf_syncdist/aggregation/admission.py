@@ -17,6 +17,8 @@ _SAME_FOR_ALL = (
     "history_rounds",
     "history_bytes",
     "deterministic",
+    "min_workers",
+    "detection_seconds",
 )
 
 
@@ -46,6 +48,14 @@ def check(hello: pb.Hello, first: pb.Hello | None) -> None:
             "Expected a worker index below the number of workers, and that to be at most "
             f"{MAX_WORKERS}. Received: worker={hello.worker}, num_workers={hello.num_workers}."
         )
+    if not 1 <= hello.min_workers <= hello.num_workers or not (
+        0.1 <= hello.detection_seconds <= 3600.0
+    ):
+        raise invalid(
+            "Expected min_workers from 1 to the number of workers, and detection_seconds from 0.1 "
+            f"to 3600. Received: min_workers={hello.min_workers}, "
+            f"detection_seconds={hello.detection_seconds:g} from worker {hello.worker}."
+        )
     for name in _SAME_FOR_ALL if first is not None else ():
         expected, received = getattr(first, name), getattr(hello, name)
         if expected != received:
@@ -54,3 +64,32 @@ def check(hello: pb.Hello, first: pb.Hello | None) -> None:
                 f"{first.worker} said. Received: {name}={received!r} from worker "
                 f"{hello.worker}. Start every task with the same arguments and cluster."
             )
+
+
+def check_standing(hello: pb.Hello, job_seed: int, service: int, runs_over: int) -> None:
+    """Checks that a worker that comes back was in this job, and can go on in it.
+
+    Args:
+        hello: What it says.
+        job_seed: The job's.
+        service: This life of the service.
+        runs_over: How many runs are over.
+
+    Raises:
+        Refused: If not.
+    """
+    standing = hello.standing
+    if standing.job_seed != job_seed:
+        raise Refused(
+            grpc.StatusCode.ABORTED,
+            "Expected a worker of the job that this service serves. Received: worker "
+            f"{hello.worker} of another job. Start one service per job.",
+        )
+    if standing.service != service and standing.run >= runs_over:
+        # It may have results of its round that were computed anew meanwhile.
+        raise Refused(
+            grpc.StatusCode.ABORTED,
+            f"Expected worker {hello.worker} while the others came back to a service that was "
+            f"started again. Received: it came later, from round {standing.run}. Start the worker "
+            "again; it takes over another's state.",
+        )

@@ -5,8 +5,9 @@ import collections
 from tf_syncdist.aggregation import sums
 from tf_syncdist.aggregation.memory import Block, ResultMemory
 from tf_syncdist.aggregation.outbox import Streams
-from tf_syncdist.aggregation.rounds import Closed, Progress, RoundError, Rounds, RunOver, SliceKey
-from tf_syncdist.aggregation.slots import Slot
+from tf_syncdist.aggregation.records import Closed, Progress, RoundError, RunOver, SliceKey
+from tf_syncdist.aggregation.rounds import Rounds
+from tf_syncdist.aggregation.slots import Slot, StoredSlot
 from tf_syncdist.aggregation.tables import TableSlot
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
@@ -40,7 +41,7 @@ class Delivery:
         self._slots: dict[SliceKey, Slot | TableSlot] = {}
         self._ready: collections.deque[Slot | TableSlot] = collections.deque()
         self._closed_runs: set[int] = set()
-        self._results: dict[int, list[Slot | TableSlot]] = {}
+        self._results: dict[int, list[Slot | TableSlot | StoredSlot]] = {}
         # Blocks of runs that are no longer kept, and the workers that may be reading them.
         self._lingering: list[tuple[int, set[int], list[Block]]] = []
 
@@ -124,6 +125,28 @@ class Delivery:
     def leave(self, worker: int) -> None:
         """Takes note that a worker reads no results any more."""
         self._release(worker, None)
+
+    def catch_up(self, worker: int) -> None:
+        """Sends everything in its window to a worker that has connected anew."""
+        position = self._rounds.position(worker)
+        if position < self._rounds.kept_from:
+            self._streams.tell(worker, pb.ToWorker(history_gone=pb.HistoryGone(run=position)))
+        for run in range(max(position, self._rounds.kept_from), position + WINDOW_RUNS):
+            self._send_stored(worker, run)
+        for run in range(position + WINDOW_RUNS, self._rounds.runs_announced):
+            if run >= self._rounds.kept_from:
+                over = pb.RunOver(run=run, exchanges=self._rounds.exchanges(run))
+                self._streams.tell(worker, pb.ToWorker(run_over=over))
+
+    def resumed(self, worker: int) -> None:
+        """Takes note that a worker goes on from a later run."""
+        self._release(worker, self._rounds.position(worker))
+        self.catch_up(worker)
+
+    def restore(self, run: int, result: pb.Result, payload: memoryview) -> None:
+        """Takes a result over from a worker that has it."""
+        self._results.setdefault(run, []).append(StoredSlot(result, payload))
+        self._closed_runs.add(run)
 
     def _announce(self, over: RunOver) -> None:
         """Tells everybody that a run is over, and whose window has held it that all is sent."""

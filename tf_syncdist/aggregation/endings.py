@@ -99,6 +99,17 @@ class Endings:
         for workers in self._votes.values():
             workers.discard(worker)
 
+    def come_back(self, worker: int) -> None:
+        """Asks a worker again that had left; it has to say anew what it has voted."""
+        self._present.add(worker)
+        for workers in self._asked.values():
+            workers.discard(worker)
+
+    def restore(self, end: Ended) -> None:
+        """Takes note of an end that workers have been told of."""
+        if end.input_pass == self._pass:
+            self._end = end.run if self._end is None else min(self._end, end.run)
+
     def forget(self, over: int) -> None:
         """Forgets votes for the runs before `over`, which are over: their voters replay them."""
         for run in [r for r in self._votes if r < over]:

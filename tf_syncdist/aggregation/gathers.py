@@ -3,7 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
-from tf_syncdist.aggregation.rounds import RoundError
+from tf_syncdist.aggregation.records import RoundError
 from tf_syncdist.cutoff import CutoffPolicy, SliceView
 
 # The number is that of the contract.
@@ -24,7 +24,7 @@ class Part(NamedTuple):
         run: How many runs it has done.
         layout: Fingerprint of what the values are.
         elements: How many they are.
-        hashes: One per common variable, or none.
+        hashes: Of the common variables, or none.
         stop: Whether the worker wishes that training stops.
     """
 
@@ -33,6 +33,10 @@ class Part(NamedTuple):
     elements: int
     hashes: tuple[int, ...] = ()
     stop: bool = False
+
+
+# Stands for what the first worker said where only the result is known.
+_RESTORED = Part(0, 0, 0)
 
 
 class GatherClosed(NamedTuple):
@@ -81,14 +85,24 @@ class Gathers:
         policy: The cutoff policy.
         begun: Tells how many runs a worker has begun. A worker that has gone on past a gather
             without taking part will not come, so nobody waits for it.
+        awaited: Returns the workers that take part; all of them by default.
+        min_workers: No gather closes while fewer workers than this can be in it.
     """
 
-    def __init__(self, num_workers: int, policy: CutoffPolicy, begun: Callable[[int], int]) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        policy: CutoffPolicy,
+        begun: Callable[[int], int],
+        awaited: Callable[[], set[int]] | None = None,
+        min_workers: int = 1,
+    ) -> None:
         self._num_workers = num_workers
         self._policy = policy
         self._begun = begun
+        self._awaited = awaited or (lambda: set(range(num_workers)))
+        self._min_workers = min_workers
         self._gathers: dict[GatherKey, _Gather] = {}
-        self._present = set(range(num_workers))
 
     def contribute(self, worker: int, key: GatherKey, part: Part, now: float) -> bool:
         """Takes note of a worker's message and returns whether its values are to be added.
@@ -104,7 +118,10 @@ class Gathers:
         """
         gather = self._gathers.setdefault(key, _Gather(part, now))
         first = gather.first
-        if (first.layout, first.elements) != (part.layout, part.elements):
+        if first is not _RESTORED and (first.layout, first.elements) != (
+            part.layout,
+            part.elements,
+        ):
             raise RoundError(
                 f"Expected the same metrics on every worker after run {part.run}: "
                 f"{first.elements} value(s), layout {first.layout:016x}. Received: "
@@ -122,7 +139,7 @@ class Gathers:
         for key, gather in self._gathers.items():
             if gather.closed or not gather.contributors:
                 continue
-            to_come = {w for w in self._present if self._begun(w) <= gather.run}
+            to_come = {w for w in self._awaited() if self._begun(w) <= gather.run}
             to_come -= set(gather.contributors)
             if key.kind == START and 0 in to_come:
                 continue
@@ -133,7 +150,7 @@ class Gathers:
                 possible=len(to_come) + len(gather.contributors),
                 num_workers=self._num_workers,
             )
-            if self._policy.decide(view).close:
+            if self._policy.decide(view).close and view.possible >= self._min_workers:
                 gather.closed = True
                 contributors = tuple(gather.contributors)
                 reference = min(contributors)
@@ -149,9 +166,13 @@ class Gathers:
         """Whether a gather is open."""
         return any(not gather.closed for gather in self._gathers.values())
 
-    def leave(self, worker: int) -> None:
-        """Stops waiting for a worker."""
-        self._present.discard(worker)
+    def restore(self, key: GatherKey, run: int) -> bool:
+        """Takes note of a gather that is closed; returns whether that was not known."""
+        if key in self._gathers:
+            return False
+        gather = self._gathers[key] = _Gather(_RESTORED, 0.0)
+        gather.run, gather.closed = run, True
+        return True
 
     def forget(self, present: Collection[int]) -> list[GatherKey]:
         """Forgets gathers that every present worker has gone past, and returns them."""

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from tf_syncdist.propagation.slices import layout_of
+
 # Whatever a worker says, an error is to stay short.
 _MOST_SHOWN = 200
 
@@ -17,6 +19,11 @@ class Variable(NamedTuple):
     def __str__(self) -> str:
         shape = str(list(self.shape[:_MOST_SHOWN]))
         return f"{self.name[:_MOST_SHOWN]} ({self.dtype[:_MOST_SHOWN]}, shape {shape})"
+
+    @property
+    def fingerprint(self) -> int:
+        """64 bits of all three; the same in every process."""
+        return layout_of([(self.name, self.dtype, self.shape)])
 
 
 def first_difference(manifests: Mapping[int, Sequence[Variable]]) -> str:

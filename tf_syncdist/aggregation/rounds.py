@@ -4,100 +4,22 @@ There is no clock, socket, lock or array in here. The service, the tests and the
 very same code; `now` is an argument.
 """
 
-import enum
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
 
+from tf_syncdist.aggregation.records import (
+    Closed,
+    Fate,
+    Progress,
+    Receipt,
+    RoundError,
+    RunOver,
+    SliceKey,
+    SliceSpec,
+    Verdict,
+    WorkerCounts,
+)
 from tf_syncdist.cutoff import CutoffPolicy, SliceView
 from tf_syncdist.propagation.slices import ITEM_BYTES
-
-
-class Fate(enum.IntEnum):
-    """What became of a worker's part in a round; the numbers are those of the contract."""
-
-    CONTRIBUTED = 1
-    LATE = 2
-    REPLAYED = 3
-    MISSED = 4
-
-
-class Verdict(enum.Enum):
-    """What is to be done with the values that came with a contribution."""
-
-    ADD = "add"
-    LATE = "late"
-    DUPLICATE = "duplicate"
-
-
-class SliceKey(NamedTuple):
-    """Names one slice: which run, which exchange in it, which slice of that."""
-
-    run: int
-    exchange: int
-    slice: int
-
-
-class SliceSpec(NamedTuple):
-    """What workers must agree on about a slice."""
-
-    num_slices: int
-    dtype: str
-    elements: int
-    layout: int
-
-
-class Closed(NamedTuple):
-    """A slice that has just been closed."""
-
-    key: SliceKey
-    contributors: tuple[int, ...]
-    reason: str
-
-
-class Receipt(NamedTuple):
-    """The answer to a contribution: on ADD, add the values before acting on `closed`."""
-
-    verdict: Verdict
-    closed: tuple[Closed, ...]
-    reason: str
-
-
-class RunOver(NamedTuple):
-    """A run that is over, and how many exchanges it had."""
-
-    run: int
-    exchanges: int
-
-
-class Progress(NamedTuple):
-    """The answer to a finished run: which runs are over now, and which may be forgotten."""
-
-    over: tuple[RunOver, ...]
-    evicted: tuple[int, ...]
-
-
-class RoundError(ValueError):
-    """A message that a correct worker cannot send."""
-
-
-class WorkerCounts:
-    """Counters of one worker."""
-
-    def __init__(self) -> None:
-        self.fates = dict.fromkeys(Fate, 0)
-        self.partly_used = 0
-        self.nonfinite = 0
-        self.delay_sum = 0.0
-        self.delays = 0
-
-    @property
-    def replayed(self) -> int:
-        """Rounds applied without computing, missed ones included."""
-        return self.fates[Fate.REPLAYED] + self.fates[Fate.MISSED]
-
-    @property
-    def mean_delay_seconds(self) -> float:
-        """Mean delay behind the first worker, over the rounds for which this one computed."""
-        return self.delay_sum / self.delays if self.delays else 0.0
 
 
 class _Slice:
@@ -125,6 +47,7 @@ class Rounds:
         history_rounds: Results are kept for at least this many rounds that are over, as long as
             a worker that is still there has not done them.
         history_bytes: And for more, while they need at most this many bytes.
+        min_workers: No slice closes while fewer workers than this can be in it.
     """
 
     def __init__(
@@ -133,6 +56,7 @@ class Rounds:
         policy: CutoffPolicy,
         history_rounds: int = 4,
         history_bytes: int = 512 * 2**20,
+        min_workers: int = 1,
     ) -> None:
         self.num_workers = num_workers
         self.replicas_to_aggregate = policy.replicas_to_aggregate(num_workers)
@@ -141,11 +65,16 @@ class Rounds:
         self._policy = policy
         self._history_rounds = history_rounds
         self._history_bytes = history_bytes
+        self._min_workers = min_workers
         self._runs: dict[int, _Run] = {}
         self._exchanges: dict[int, int] = {}
         self._over = 0
         self._unsaid: list[RunOver] = []
         self._suspended: set[int] = set()
+        self._silent: set[int] = set()
+        self._stateless: set[int] = set()
+        # Workers that may come back to where they were.
+        self._away: set[int] = set()
         self._abstained: dict[int, set[int]] = {}
         self._kept_from = 0
         self._rounds_kept = 0
@@ -196,9 +125,18 @@ class Rounds:
         arrivals = self._runs[run].arrivals if run in self._runs else {}
         return sorted(self._present - set(arrivals) - self._abstained.get(run, set()))
 
+    @property
+    def awaited(self) -> set[int]:
+        """The workers that are there and take part."""
+        return self._present - self._suspended - self._silent
+
+    def holds_state(self, worker: int) -> bool:
+        """Returns whether a worker's variables are those of the run that it is in."""
+        return worker not in self._stateless
+
     def to_come(self, run: int) -> set[int]:
         """Returns the workers from which values for a run may come, or have come."""
-        return self._present - self._suspended - self._abstained.get(run, set())
+        return self.awaited - self._abstained.get(run, set())
 
     def arrived(self, run: int) -> int:
         """Returns how many workers have sent something for a run that is not over."""
@@ -322,10 +260,95 @@ class Rounds:
         self._positions[worker] = run + 1
         return Progress(over, self._evict())
 
-    def leave(self, worker: int, now: float) -> tuple[Closed, ...]:
-        """Stops waiting for a worker and returns the slices that this closes."""
+    def leave(self, worker: int, now: float, for_good: bool = True) -> tuple[Closed, ...]:
+        """Stops waiting for a worker and returns the slices that this closes.
+
+        Args:
+            worker: The worker.
+            now: Time, in seconds.
+            for_good: Whether it will not come back to where it was. Otherwise the results that it
+                needs next are kept, within the bounds of the history, until this is called again.
+        """
         self._present.discard(worker)
+        self._silent.discard(worker)
+        (self._away.discard if for_good else self._away.add)(worker)
         return self.tick(now)
+
+    def enter(self, worker: int, run: int | None) -> None:
+        """Takes note that a worker is there again.
+
+        Args:
+            worker: The worker.
+            run: The run that it is in. `None` stands for a new process, which takes over another's
+                state; it is waited for when it is first heard of in a run.
+        """
+        if run is None:
+            self._positions[worker] = max(self._over, self._positions[worker])
+            self._suspended.add(worker)
+            self._stateless.add(worker)
+        else:
+            self._positions[worker] = run
+        self._present.add(worker)
+        self._away.discard(worker)
+
+    def resume(self, worker: int, run: int, missed: int) -> None:
+        """Takes note that a worker has taken over the state before a run and goes on from there.
+
+        Raises:
+            RoundError: If it cannot have been given that state.
+        """
+        furthest = max(self._positions)
+        if not self._positions[worker] <= run <= furthest or worker not in self._present:
+            raise RoundError(
+                f"Expected worker {worker} to go on from a run between its own, "
+                f"{self._positions[worker]}, and the furthest one, {furthest}. Received: run={run}."
+            )
+        self._positions[worker] = run
+        self._stateless.discard(worker)
+        self.counts[worker].fates[Fate.MISSED] += missed
+
+    def silence(self, worker: int, now: float) -> tuple[Closed, ...]:
+        """Stops waiting for a worker of which nothing is heard; returns what this closes."""
+        self._silent.add(worker)
+        return self.tick(now)
+
+    def hear(self, worker: int) -> None:
+        """Waits again for a worker of which nothing was heard."""
+        self._silent.discard(worker)
+
+    def restore(
+        self,
+        positions: Mapping[int, int],
+        counts: Mapping[int, Mapping[Fate, int]],
+        exchanges: Mapping[int, int],
+        closed: Iterable[tuple[SliceKey, SliceSpec, tuple[int, ...]]],
+    ) -> None:
+        """Takes over from a service that is gone what workers know of it.
+
+        Args:
+            positions: The run that each worker is in.
+            counts: What each worker has counted.
+            exchanges: For the newest runs that are over, without a gap, how many exchanges they
+                had. Their results are all there.
+            closed: The slices of these, and of the run in progress, that somebody has received.
+        """
+        for worker, run in positions.items():
+            self._positions[worker] = run
+            self.counts[worker].fates.update(counts[worker])
+        self._over = max(positions.values())
+        self._kept_from = self._over - len(exchanges)
+        self._exchanges = dict(exchanges)
+        self._rounds_kept = sum(n > 0 for n in exchanges.values())
+        self.rounds = max((sum(c.values()) for c in counts.values()), default=0)
+        self._positions = [
+            max(p, self._kept_from) if w not in positions else p
+            for w, p in enumerate(self._positions)
+        ]
+        for key, spec, contributors in closed:
+            run_state = self._runs.setdefault(key.run, _Run())
+            state = run_state.exchanges.setdefault(key.exchange, {})[key.slice] = _Slice(spec)
+            state.contributors, state.closed = list(contributors), True
+            run_state.bytes += spec.elements * ITEM_BYTES[spec.dtype]
 
     def tick(self, now: float) -> tuple[Closed, ...]:
         """Asks the policy again about every open slice and returns those that close now."""
@@ -380,6 +403,7 @@ class Rounds:
 
     def _check_worker(self, worker: int) -> None:
         self._suspended.discard(worker)
+        self._stateless.discard(worker)
         if worker not in self._present:
             raise RoundError(
                 f"Expected one of the present workers {sorted(self._present)}. "
@@ -440,7 +464,9 @@ class Rounds:
             num_workers=self.num_workers,
         )
         decision = self._policy.decide(view)
-        if not decision.close:
+        # Who keeps its values back is there all the same.
+        there = len(self.awaited | set(state.contributors))
+        if not decision.close or there < self._min_workers:
             return None
         state.closed = True
         run.bytes += state.spec.elements * ITEM_BYTES[state.spec.dtype]
@@ -478,7 +504,8 @@ class Rounds:
     def _evict(self) -> tuple[int, ...]:
         """Forgets runs that nobody needs or that are too many, oldest first."""
         evicted = []
-        needed_from = min((self._positions[w] for w in self._present), default=self._over)
+        needing = self._present | self._away
+        needed_from = min((self._positions[w] for w in needing), default=self._over)
         size = self.history_size
         while self._kept_from < self._over:
             run = self._kept_from

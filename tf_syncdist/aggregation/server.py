@@ -16,6 +16,8 @@ from tf_syncdist.transport import wire
 # Every stream holds one thread of the pool while it is open; the rest answers reports.
 _THREADS = MAX_WORKERS + 24
 
+_TICK_SECONDS = 0.2
+
 
 class AggregatorServer:
     """Serves one job until its workers are gone.
@@ -63,6 +65,13 @@ class AggregatorServer:
                 pb.ReportRequest.FromString,
                 pb.ReportReply.SerializeToString,
             ),
+            "Beat": grpc.unary_unary_rpc_method_handler(
+                lambda request, context: pb.BeatReply(
+                    next_seconds=self.job.beat(request.worker, request.incarnation)
+                ),
+                pb.BeatRequest.FromString,
+                pb.BeatReply.SerializeToString,
+            ),
         }
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(wire.SERVICE, handlers),)
@@ -92,11 +101,13 @@ class AggregatorServer:
         """Stops serving. May be called twice."""
         if not self._stopped.is_set():
             self._stopped.set()
+            # Streams break one after the other, which must not close rounds.
+            self.job.freeze()
             self._server.stop(grace_seconds).wait(grace_seconds + 5)
             self._ticker.join(5)
 
     def _tick(self) -> None:
-        while not self._stopped.wait(1.0):
+        while not self._stopped.wait(_TICK_SECONDS):
             self.job.tick()
 
     def _train(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -110,7 +121,7 @@ class AggregatorServer:
             name=f"tf_syncdist_reader_{worker}",
             daemon=True,
         )
-        context.add_callback(lambda: self.job.lost(worker, "its connection broke"))
+        context.add_callback(lambda: self.job.lost(worker, "its connection broke", outbox))
         reader.start()
         try:
             yield from outbox.drain()
@@ -129,13 +140,13 @@ class AggregatorServer:
     def _read(self, worker: int, outbox: Outbox, requests: Iterator[bytes]) -> None:
         try:
             for data in requests:
-                self.job.handle(worker, data)
+                self.job.handle(worker, data, outbox)
         except Refused as e:
             outbox.close(e)
-            self.job.lost(worker, "it sent what the service refuses")
+            self.job.lost(worker, "it sent what the service refuses", outbox)
         except Exception as e:  # noqa: BLE001 - gRPC raises a bare Exception when a stream breaks
             outbox.close()
-            self.job.lost(worker, f"its connection broke: {type(e).__name__}")
+            self.job.lost(worker, f"its connection broke: {type(e).__name__}", outbox)
         else:
             outbox.close()
-            self.job.lost(worker, "its connection was closed")
+            self.job.lost(worker, "its connection was closed", outbox)

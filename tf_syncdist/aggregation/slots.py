@@ -45,8 +45,8 @@ class Slot:
         self.nbytes = message.elements * self._on_wire.itemsize
         self._frame = None
         if block is None:
-            # A header without contributors needs less than 64 bytes, a contributor at most 3.
-            self._frame = wire.Frame(self.nbytes, 96 + 3 * num_workers)
+            # A header without contributors needs less than 96 bytes, a contributor at most 3.
+            self._frame = wire.Frame(self.nbytes, 128 + 3 * num_workers)
             self._data = self._frame.payload
         else:
             self._data = block.data
@@ -130,8 +130,29 @@ class Slot:
             num_slices=self._message.num_slices,
             contributors=self.closed.contributors,
             bytes=self.nbytes,
+            dtype=self._message.dtype,
+            elements=self._message.elements,
+            layout=self._message.layout,
         )
         if in_memory:
             result.location.segment = self.block.segment
             result.location.offset = self.block.offset
         return pb.ToWorker(result=result)
+
+
+class StoredSlot:
+    """A result that a worker has given to a service that was started again.
+
+    Args:
+        result: The result.
+        payload: Its values.
+    """
+
+    block = None
+
+    def __init__(self, result: pb.Result, payload: memoryview) -> None:
+        self._message = wire.encode(pb.ToWorker(result=result), payload)
+
+    def result(self, opened: Container[int]) -> bytes:
+        """Returns the message with the result, one and the same for all receivers."""
+        return self._message

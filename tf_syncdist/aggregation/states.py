@@ -1,11 +1,11 @@
 """Who gets whose variables: at the start, for new models, and workers that fell behind."""
 
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from tf_syncdist.aggregation import manifests
-from tf_syncdist.aggregation.rounds import RoundError
+from tf_syncdist.aggregation.records import RoundError
 
 
 class Request(NamedTuple):
@@ -44,6 +44,24 @@ class States:
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count(1)
         self._expected = set(range(num_workers))
+        # What workers train already, and the workers that may have missed how it began.
+        self._known: set[int] = set()
+        self._returned: set[int] = set()
+
+    def know(self, fingerprints: Iterable[int]) -> None:
+        """Takes note of variables that workers hold in common."""
+        self._known.update(fingerprints)
+
+    def enter(self, worker: int) -> None:
+        """Takes note of a worker that comes back, or comes while the job is in progress."""
+        self._expected.add(worker)
+        self._returned.add(worker)
+
+    def knows(self, worker: int, run: int, variables: Sequence[manifests.Variable]) -> bool:
+        """Returns whether a worker that came back is about to train what the others train."""
+        known = bool(variables) and all(v.fingerprint in self._known for v in variables)
+        start = self._starts.get(run)
+        return known and worker in self._returned and (start is None or start.agreed)
 
     def manifest(
         self, worker: int, run: int, variables: list[manifests.Variable]
@@ -83,9 +101,13 @@ class States:
             start.chunks.append(message)
         return start.agreed
 
-    def leave(self, worker: int) -> list[tuple[int, str, list[bytes]]]:
-        """Stops waiting for a worker; returns (run, verdict, chunks) where that decides."""
-        self._expected.discard(worker)
+    def leave(self, worker: int, for_good: bool = True) -> list[tuple[int, str, list[bytes]]]:
+        """Stops waiting for a worker; returns (run, verdict, chunks) where that decides.
+
+        Nothing can start without worker 0, so it is waited for as long as it may come back.
+        """
+        if worker or for_good:
+            self._expected.discard(worker)
         verdicts = []
         for run in list(self._starts):
             verdict, chunks = self._verdict(run)
@@ -109,6 +131,8 @@ class States:
         chunks, start.chunks = start.chunks, []
         error = manifests.first_difference(start.manifests)
         start.failed = bool(error)
+        if not error:
+            self.know(v.fingerprint for v in start.manifests[0])
         return error, chunks
 
     # Workers that fell too far behind.

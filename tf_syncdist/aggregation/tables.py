@@ -70,6 +70,9 @@ class TableSlot:
             contributors=self.closed.contributors,
             bytes=sum(p.nbytes for p in pieces),
             row_elements=0 if whole else self._message.row_elements,
+            dtype=self._message.dtype,
+            elements=self._message.elements,
+            layout=self._message.layout,
         )
         self._result = wire.encode(pb.ToWorker(result=result), *pieces)
 

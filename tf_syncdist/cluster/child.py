@@ -97,6 +97,10 @@ class ChildAggregator:
                 "port in use, or left over from another job?"
             )
 
+    def ended(self) -> int | None:
+        """Returns its exit code, or `None` while it runs."""
+        return self._process.poll()
+
     def close(self, timeout_seconds: float = 5.0) -> None:
         """Ends the service. May be called twice."""
         if self._lifeline < 0:

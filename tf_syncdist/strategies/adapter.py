@@ -467,3 +467,12 @@ def last_call() -> tf.Operation | None:
         if op.type in ("StatefulPartitionedCall", "PartitionedCall"):
             return op
     return None
+
+
+def set_initial_epoch(model: keras.Model, epoch: int) -> None:
+    """Lets a fit that is about to begin start with an epoch.
+
+    `fit` reads the private attribute after `on_train_begin`, as Keras' own BackupAndRestore relies
+    on; there is no public way from a callback. Tried with Keras 3.10 and 3.15.
+    """
+    model._initial_epoch = epoch

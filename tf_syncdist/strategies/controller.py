@@ -139,7 +139,6 @@ class RunController:
         self._clock = clock
         session.on_state_request = self.answer_state_requests
         self._plans: dict[tuple[TensorSpec, ...], Plan] = {}
-        self._fates = dict.fromkeys((pb.CONTRIBUTED, pb.LATE, pb.REPLAYED, pb.MISSED), 0)
         self._mode = Mode.COMPUTE
         self._site: RunSite | None = None
         self._explained: weakref.WeakSet = weakref.WeakSet()
@@ -239,20 +238,19 @@ class RunController:
             if self._lost:
                 self._refresh()
                 self._mode = Mode.SKIP
+            if self._mode is Mode.SKIP:
+                self.run += 1
+                return
             if self._mode is Mode.COMPUTE:
                 site.outputs = None if outputs is None else [np.array(o) for o in outputs]
                 fate = pb.REPLAYED if self._substitute else pb.CONTRIBUTED
                 self._computed += 1
                 fate = pb.LATE if self._late else fate
-            elif self._mode is Mode.REPLAY:
-                fate = pb.REPLAYED
             else:
-                fate = pb.MISSED
-                self._exchange = self._session.exchanges_of_missed(self.run)
+                fate = pb.REPLAYED
             # A thread that reads ahead may give this worker's state as soon as the run is finished.
             done, self.run = self.run, self.run + 1
             self._session.finish(done, self._exchange, fate, self._inspection.found)
-            self._fates[fate] += self._exchange > 0
             self._last_end = self._clock()
             if self._first_end is None:
                 self._first_end = self._last_end
@@ -283,13 +281,15 @@ class RunController:
     def replays(self, run: int) -> bool:
         """Returns whether a coming run is surely not going to be computed."""
         site = self._site
+        if run < self._resume_at:
+            return True
         if site is None or not site.replayable or site.outputs is None:
             return False
-        return run < self._resume_at or self._session.exchanges_of(run) is not None
+        return self._session.exchanges_of(run) is not None
 
     def report(self) -> LocalReport:
         """Returns this worker's counts."""
-        fates = self._fates
+        fates = self._session.counts
         return LocalReport(
             worker=self._session.config.worker,
             num_workers=self._session.config.num_workers,
@@ -311,7 +311,13 @@ class RunController:
             return
         for request in self._session.take_state_requests():
             run = max(self.run, self._resume_at)
-            self._session.give_state(request, run, self._store.read())
+            rounds = sum(self._session.counts.values())
+            values, specs = self._store.read(), self._store.specs()
+            self._session.give_state(request, run, values, specs, rounds)
+
+    def start_at(self, run: int) -> None:
+        """Counts this worker's runs from a later one: it has come while the job was in progress."""
+        self.run = max(self.run, run)
 
     def mend(self, giver: int, names: Sequence[str]) -> None:
         """Takes over another worker's variables, because this worker's have come to differ.
@@ -346,8 +352,10 @@ class RunController:
             return Mode.SKIP
         if self._session.exchanges_of(self.run) is None:
             return Mode.COMPUTE
-        if not self._session.wait_results(self.run):
+        there = self._session.wait_results(self.run)
+        if there is False:
             self._refresh()
+        if not there:
             return self._decide(site)
         if site.outputs is None:
             return Mode.COMPUTE
@@ -383,12 +391,25 @@ class RunController:
         site.synchronised = True
         if not specs:
             return
-        self._session.agree(self.run, specs)
+        self._session.wait_started()
+        if self._session.agree(self.run, specs):
+            self._commit(specs)
+            self._session.request_state(self.run, level_will_do=True)
+            self._receive_state()
+            self._on_notice(
+                f"worker {self._session.config.worker} has taken over the state of round "
+                f"{self._resume_at} and goes on from there"
+            )
+            return
         if self._session.config.worker == 0:
             self._session.give_state(0, self.run, self._store.read_new())
         else:
             self._store.assign_new(self._session.receive_state(specs).values)
+        self._commit(specs)
+
+    def _commit(self, specs: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
         self._store.commit()
+        self._session.hold(specs)
 
     def _refresh(self) -> None:
         """Takes over the state of an up-to-date worker."""
@@ -400,9 +421,15 @@ class RunController:
 
     def _take_over(self, giver: int | None) -> None:
         self._session.request_state(self.run, giver)
+        self._receive_state()
+
+    def _receive_state(self) -> None:
+        """Takes over the state that was asked for; runs before it are skipped."""
         state: State = self._session.receive_state(self._store.specs())
         self._store.assign(state.values)
         self._resume_at = state.run
+        missed = state.rounds - sum(self._session.counts.values())
+        self._session.resume(state.run, max(0, missed))
 
     def _send(self, way: Plan, buckets: Sequence[Bucket], arrays: Sequence[np.ndarray]) -> None:
         if self._mode is not Mode.COMPUTE or self._substitute or self._withheld:

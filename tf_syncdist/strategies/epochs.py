@@ -5,6 +5,7 @@ as the statistics of batch normalisation, is averaged, weighted by the runs that
 Fingerprints of what workers must hold alike find a worker that does not.
 """
 
+import collections
 from collections.abc import Callable
 from typing import Protocol
 
@@ -87,9 +88,7 @@ class EpochExchange:
         """Compares with worker 0, where a fit begins that trains what was trained before."""
         mine = self._state.fingerprints(set(self._statistics))
         if mine:
-            found = self._session.gather(
-                pb.START, fit, self._runs()[0], hashes=[h for _, h in mine]
-            )
+            found = self._session.gather(pb.START, fit, self._runs()[0], hashes=_named(mine))
             self._compare(mine, found)
 
     def forget_sums(self) -> None:
@@ -136,7 +135,7 @@ class EpochExchange:
         names = [(v.name, v.shape.as_list(), v.aggregation.name) for v in (*metrics, *statistics)]
         prints = self._state.fingerprints(set(self._statistics))
         found = self._session.gather(
-            pb.METRICS, self._done, self._done, layout_of(names), mine, [h for _, h in prints]
+            pb.METRICS, self._done, self._done, layout_of(names), mine, _named(prints)
         )
         self._compare(prints, found)
         (copies, weights), sums, means = _unpack(
@@ -152,9 +151,26 @@ class EpochExchange:
 
     def _compare(self, mine: list[tuple[str, int]], found: Gathered) -> None:
         """Mends this worker if it differs from the one whose fingerprints have come."""
-        differing = [n for (n, a), b in zip(mine, found.hashes, strict=False) if a != b]
+        own = _named(mine)
+        others = dict(zip(found.hashes[::2], found.hashes[1::2], strict=True))
+        # A worker that has come later may know fewer variables, or in another order.
+        differing = [
+            name
+            for (name, value), key in zip(mine, own[::2], strict=True)
+            if others.get(key, value) != value
+        ]
         if differing and found.reference != self._session.config.worker:
             self._mend(found.reference, differing)
+
+
+def _named(prints: list[tuple[str, int]]) -> list[int]:
+    """Returns a hash of the name and that of the value, for each variable in turn."""
+    seen: collections.Counter[str] = collections.Counter()
+    found = []
+    for name, value in prints:
+        found += [layout_of([name, seen[name]]), value]
+        seen[name] += 1
+    return found
 
 
 def _pack(*groups: list[np.ndarray]) -> np.ndarray:

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tf_syncdist.strategies import adapter
 from tf_syncdist.strategies.stopping import Stopping
 
 _METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
@@ -157,21 +158,36 @@ def _is_arrays(data: Any) -> bool:
 
 
 class FitCallback(keras.callbacks.Callback):
-    """Meets the other workers where a fit begins and after each epoch's callbacks.
+    """Meets the other workers where a fit begins and around each epoch.
 
     Args:
-        on_begin: Called before the first run of a fit.
+        on_begin: Called before the first run of a fit; returns the epoch to begin with if it is
+            not the one that was asked for, as on a worker that has come later.
+        on_epoch_begin: Called with an epoch before its first run.
         on_epoch: Called after an epoch.
     """
 
-    def __init__(self, on_begin: Callable[[], None], on_epoch: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        on_begin: Callable[[], int | None],
+        on_epoch_begin: Callable[[int], None],
+        on_epoch: Callable[[], None],
+    ) -> None:
         super().__init__()
         self._on_begin = on_begin
+        self._on_epoch_begin = on_epoch_begin
         self._on_epoch = on_epoch
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Is called by Keras."""
-        self._on_begin()
+        epoch = self._on_begin()
+        if epoch is not None:
+            # Keras reads it when all callbacks have been called.
+            adapter.set_initial_epoch(self.model, min(epoch, self.params["epochs"]))
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        """Is called by Keras."""
+        self._on_epoch_begin(epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Is called by Keras."""

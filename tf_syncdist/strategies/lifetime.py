@@ -8,6 +8,7 @@ import sys
 from tf_syncdist.cluster.child import ChildAggregator
 from tf_syncdist.cluster.interrupts import InterruptWatcher
 from tf_syncdist.cluster.roles import ClusterRole
+from tf_syncdist.cluster.supervision import SupervisedAggregator
 from tf_syncdist.errors import SyncDistError
 from tf_syncdist.observability.reports import Report, WorkerReport
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
@@ -49,9 +50,11 @@ class Membership:
         self._print_report = print_report and role.task_index == 0
         self._controller: RunController | None = None
         self._closed = False
-        self._child: ChildAggregator | None = None
+        self._child: SupervisedAggregator | None = None
         if not role.aggregators and role.task_index == 0:
-            self._child = ChildAggregator(role.address, insecure, config.connect_timeout_seconds)
+            self._child = SupervisedAggregator(
+                lambda: ChildAggregator(role.address, insecure, config.connect_timeout_seconds), say
+            )
         try:
             # What the service has to tell concerns everybody; one worker prints it.
             self.session = Session(config, say if role.task_index == 0 else _log.info)

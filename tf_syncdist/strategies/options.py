@@ -78,3 +78,21 @@ def check_order(deterministic: bool, cutoff: CutoffPolicy, num_workers: int) -> 
             "`deterministic` needs the contributions of all workers: which ones are late is a "
             f"matter of time. Received: deterministic=True, {cutoff}. Use backup_workers=0."
         )
+
+
+def check_faults(min_workers: int, detection_seconds: float, num_workers: int) -> None:
+    """Checks what is said of workers that fail.
+
+    Raises:
+        ValueError: If it cannot be.
+    """
+    if not 1 <= min_workers <= num_workers:
+        raise ValueError(
+            f"`min_workers` must be from 1 to the number of workers, {num_workers}. "
+            f"Received: min_workers={min_workers}."
+        )
+    if not 0.1 <= detection_seconds <= 3600:
+        raise ValueError(
+            "`detection_seconds` must be from 0.1 to 3600. "
+            f"Received: detection_seconds={detection_seconds}."
+        )

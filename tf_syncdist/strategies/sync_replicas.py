@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import signal
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -78,7 +79,13 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             behind. Default: 4.
         history_bytes: And for more rounds, while they need at most this many bytes. Default:
             512 MiB. Raise it if the report shows missed rounds.
-        connect_timeout_seconds: How long to wait for the service to answer. Default: 30.
+        min_workers: No round is closed with fewer workers than this; below it, all wait until one
+            comes back. Default: 1. Raise it if an update from few workers is worse than none.
+        detection_seconds: A worker of which nothing is heard for so long is not waited for until
+            it is heard of again; less where rounds are fast (50 of them, but at least 1 s). One
+            whose process ends is noticed at once. Default: 3. Raise it if machines stall.
+        connect_timeout_seconds: How long to wait for the service to answer, at the start and when
+            it went away. Default: 30.
         timeout_seconds: How long to wait for other workers, at the start and in each round.
             Default: 600. Raise it if one step can take longer.
         print_report: Whether worker 0 prints the report when the program ends. Default: `True`.
@@ -116,6 +123,8 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         nonfinite: str = "pass",
         history_rounds: int = 4,
         history_bytes: int = 512 * 2**20,
+        min_workers: int = 1,
+        detection_seconds: float = 3.0,
         connect_timeout_seconds: float = 30.0,
         timeout_seconds: float = 600.0,
         print_report: bool = True,
@@ -125,6 +134,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         options.check_nonfinite(nonfinite)
         role = roles.resolve(cluster_resolver)
         self._aggregate = policy.replicas_to_aggregate(role.num_workers)
+        options.check_faults(min_workers, detection_seconds, role.num_workers)
         options.check_order(deterministic, policy, role.num_workers)
         self._role = role
         self._cluster_resolver_given = cluster_resolver
@@ -144,6 +154,9 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
                 timeout_seconds=timeout_seconds,
                 transport=transport,
                 deterministic=deterministic,
+                address=role.address,
+                min_workers=min_workers,
+                detection_seconds=detection_seconds,
             )
             self._member = Membership(role, config, insecure, print_report)
         self._registry = VariableRegistry()
@@ -232,6 +245,21 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
     def cluster_resolver(self) -> tf.distribute.cluster_resolver.ClusterResolver | None:
         """The cluster resolver that was given."""
         return self._cluster_resolver_given
+
+    @property
+    def resume_run(self) -> int:
+        """The run with which this worker is to begin; not 0 if it comes back to a job.
+
+        A custom loop counts its steps from here. Read it before the first step: it waits until all
+        workers have come, and this worker's runs count from it.
+        """
+        if self._member is None:
+            return 0
+        started = self._member.session.wait_started()
+        if not started.in_progress:
+            return 0
+        self._controller.start_at(started.run)
+        return started.run
 
     def report(self) -> Report:
         """Returns the counts of the job so far; printed, it is a few plain lines.
@@ -462,10 +490,24 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
                     )
             return
         self._seeds.fold()
+        session = self._member.session
         callback = keras_calls.FitCallback(
-            lambda: self._epochs.begin_fit(self._stopping.fit), self._stopping.after_epoch
+            self._begin_fit,
+            lambda epoch: session.begin_epoch(self._stopping.fit, epoch, self._controller.run),
+            self._stopping.after_epoch,
         )
         stack.enter_context(keras_calls.fitting(call.model, arguments, self._stopping, callback))
+
+    def _begin_fit(self) -> int | None:
+        """Meets the others; returns where to begin if the job is in progress."""
+        started, fit = self._member.session.wait_started(), self._stopping.fit
+        if started.in_progress and fit < started.epoch.fit:
+            return sys.maxsize
+        if started.in_progress and fit == started.epoch.fit:
+            self._controller.start_at(started.epoch.run)
+            return started.epoch.epoch
+        self._epochs.begin_fit(fit)
+        return None
 
 
 def _check_model(model: Any) -> None:

@@ -19,34 +19,32 @@ OnMessage = Callable[[pb.ToWorker, memoryview], None]
 class Connection:
     """Sends messages in order and hands over what comes back.
 
+    Making it waits until the service can be reached; nothing is said before `start`.
+
     Args:
         address: "host:port" of the shard.
-        hello: The first message.
-        on_message: Called on the stream's own thread with every message that is not `Welcome`.
-        on_error: Called once, on that thread, if the stream ends otherwise than by `close`.
+        on_message: Called on the stream's own thread with every message.
+        on_error: Called once, on that thread, if the stream ends otherwise than by `close`; with
+            the connection, what happened, and gRPC's code if it is an error of gRPC's.
         timeout_seconds: How long to wait for the service.
 
     Raises:
         AggregatorUnreachableError: If nothing answers in time.
-        ServiceError: If the service refuses the worker.
     """
 
     def __init__(
         self,
         address: str,
-        hello: pb.Hello,
         on_message: OnMessage,
-        on_error: Callable[[ServiceError], None],
+        on_error: Callable[["Connection", ServiceError, grpc.StatusCode | None], None],
         timeout_seconds: float = 30.0,
     ) -> None:
         self.address = address
         self._on_message = on_message
         self._on_error = on_error
         self._closed = False
-        self._welcomed = threading.Event()
-        self._failure: ServiceError | None = None
-        self.welcome: pb.Welcome | None = None
         self._outgoing: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
+        self._reader: threading.Thread | None = None
         self._channel = grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
         try:
             grpc.channel_ready_future(self._channel).result(timeout_seconds)
@@ -58,21 +56,15 @@ class Connection:
                 "no `ps`) runs, that TF_CONFIG names this address on every task, and that no "
                 "firewall stands between."
             ) from None
-        self.send(wire.encode(pb.ToAggregator(hello=hello)))
-        train = self._channel.stream_stream(wire.TRAIN)
-        self._call = train(self._messages())
+
+    def start(self, first: Outgoing) -> None:
+        """Opens the stream with its first message."""
+        self.send(first)
+        self._call = self._channel.stream_stream(wire.TRAIN)(self._messages())
         self._reader = threading.Thread(
-            target=self._read, name=f"tf_syncdist_{address}", daemon=True
+            target=self._read, name=f"tf_syncdist_{self.address}", daemon=True
         )
         self._reader.start()
-        if not self._welcomed.wait(timeout_seconds):
-            self._failure = AggregatorUnreachableError(
-                f"Expected a welcome from the aggregation service at {address} within "
-                f"{timeout_seconds:g} s. Received: nothing. Is it another kind of server?"
-            )
-        if self._failure is not None:
-            self.close()
-            raise self._failure
 
     def send(self, message: Outgoing) -> None:
         """Queues a message; never blocks."""
@@ -86,7 +78,12 @@ class Connection:
         try:
             return call(pb.ReportRequest(), timeout=timeout_seconds)
         except grpc.RpcError as e:
-            raise _service_error(self.address, e) from None
+            raise service_error(self.address, e) from None
+
+    def abandon(self) -> None:
+        """Ends the stream as if it had broken."""
+        if self._reader is not None:
+            self._call.cancel()
 
     def close(self, flush_seconds: float = 2.0) -> None:
         """Ends the stream after what is queued has been sent. May be called twice."""
@@ -94,9 +91,10 @@ class Connection:
             return
         self._closed = True
         self._outgoing.put(None)
-        if threading.current_thread() is not self._reader:
-            self._reader.join(flush_seconds)
-        self._call.cancel()
+        if self._reader is not None:
+            if threading.current_thread() is not self._reader:
+                self._reader.join(flush_seconds)
+            self._call.cancel()
         self._channel.close()
 
     def _messages(self) -> Iterator[bytes]:
@@ -115,29 +113,26 @@ class Connection:
             del data
 
     def _read(self) -> None:
+        code: grpc.StatusCode | None = grpc.StatusCode.OK
         try:
             for data in self._call:
-                header, payload = wire.decode(pb.ToWorker, data)
-                if self.welcome is None:
-                    self.welcome = header.welcome
-                    self._welcomed.set()
-                else:
-                    self._on_message(header, payload)
+                self._on_message(*wire.decode(pb.ToWorker, data))
             error = ServiceError(
                 f"Expected the aggregation service at {self.address} to stay until the end of the "
                 "job. Received: the end of its stream."
             )
         except grpc.RpcError as e:
-            error = _service_error(self.address, e)
+            code = e.code()
+            error = service_error(self.address, e)
         except Exception as e:  # noqa: BLE001 - this thread's errors belong to the training thread
+            code = None
             error = ServiceError(f"{type(e).__name__} while reading from {self.address}: {e}")
-        self._failure = error
-        self._welcomed.set()
-        if not self._closed and self.welcome is not None:
-            self._on_error(error)
+        if not self._closed:
+            self._on_error(self, error, code)
 
 
-def _service_error(address: str, error: grpc.RpcError) -> ServiceError:
+def service_error(address: str, error: grpc.RpcError) -> ServiceError:
+    """Returns what gRPC says in this package's words."""
     code = error.code() if hasattr(error, "code") else grpc.StatusCode.UNKNOWN
     details = error.details() if hasattr(error, "details") else str(error)
     if code == grpc.StatusCode.UNAVAILABLE:

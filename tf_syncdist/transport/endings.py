@@ -20,11 +20,15 @@ class Ending(Exchanging):
         super().__init__(config, on_notice)
         self._job_over: tuple[int, int] | None = None
         self._stops: dict[int, int] = {}
+        self._stop_sayers: dict[int, int] = {}
+        self._wish: pb.StopWish | None = None
+        self._epoch = pb.EpochBegun()
         self._begun = 0
         # Older passes are done with.
         self._pass = 0
         self._ends: dict[int, int] = {}
         self._promised: set[tuple[int, int]] = set()
+        self._lengths: set[tuple[int, int]] = set()
 
     # The end of training.
 
@@ -40,7 +44,21 @@ class Ending(Exchanging):
             fit: Which training, counted alike by every worker.
             run: How many runs this worker has done.
         """
-        self._send_first(pb.ToAggregator(stop_wish=pb.StopWish(fit=fit, run=run)))
+        with self._changed:
+            self._wish = pb.StopWish(fit=fit, run=run)
+            self._send_first(pb.ToAggregator(stop_wish=self._wish))
+
+    def begin_epoch(self, fit: int, epoch: int, run: int) -> None:
+        """Says where the job is, for workers that come back.
+
+        Args:
+            fit: Which training, counted alike by every worker.
+            epoch: Which epoch of it.
+            run: How many runs were done before.
+        """
+        with self._changed:
+            self._epoch = pb.EpochBegun(fit=fit, epoch=epoch, run=run)
+            self._send_first(pb.ToAggregator(epoch_begun=self._epoch))
 
     def stop_at(self, fit: int) -> int | None:
         """Returns after how many runs a training stops, or `None` as long as nobody wishes it.
@@ -136,6 +154,7 @@ class Ending(Exchanging):
             self._promised = {k for k in self._promised if k[0] >= input_pass}
             # The last end may still be asked for while the next pass is being prefetched.
             self._ends = {p: e for p, e in self._ends.items() if p >= input_pass - 1}
+            self._lengths = {k for k in self._lengths if k[0] >= input_pass}
             self._changed.notify_all()
 
     def _has_ended(self, input_pass: int, run: int) -> bool:
@@ -150,6 +169,8 @@ class Ending(Exchanging):
     def _promise(self, input_pass: int, run: int, is_length: bool = False) -> None:
         self._promised = {k for k in self._promised if k[1] >= self._finished}
         self._promised.add((input_pass, run))
+        if is_length:
+            self._lengths.add((input_pass, run))
         # Sending only queues, so this can be done with the lock held, and by the receiving thread.
         vote = pb.EndVote(input_pass=input_pass, run=run, is_length=is_length)
         self._send_all(pb.ToAggregator(end_vote=vote))
@@ -159,6 +180,7 @@ class Ending(Exchanging):
 
     def _on_stop_at(self, shard: int, message: pb.StopAt, *_: object) -> None:
         self._stops.setdefault(message.fit, message.run)
+        self._stop_sayers.setdefault(message.fit, message.worker)
 
     def _on_end_proposal(self, shard: int, message: pb.EndProposal, *_: object) -> None:
         # Who has begun the run is going to contribute to it, which answers the proposal too.
@@ -169,3 +191,27 @@ class Ending(Exchanging):
     def _on_end_of_data(self, shard: int, message: pb.EndOfData, *_: object) -> None:
         known = self._ends.get(message.input_pass, message.run)
         self._ends[message.input_pass] = min(known, message.run)
+
+    def _stand(self, shard: int, standing: pb.Standing) -> None:
+        super()._stand(shard, standing)
+        if self._job_over is not None:
+            standing.job_over.run, standing.job_over.worker = self._job_over
+        for fit, run in self._stops.items():
+            standing.stops.add(fit=fit, run=run, worker=self._stop_sayers[fit])
+        for input_pass, run in self._ends.items():
+            standing.ends.add(input_pass=input_pass, run=run)
+        standing.input_pass = self._pass
+        standing.epoch.CopyFrom(self._epoch)
+
+    def _resend(self, shard: int, welcome: pb.Welcome, is_new: bool) -> None:
+        super()._resend(shard, welcome, is_new)
+        self._send(shard, pb.ToAggregator(enter_pass=pb.EnterPass(input_pass=self._pass)))
+        for input_pass, run in sorted(self._promised):
+            if not self._is_settled(input_pass, run):
+                is_length = (input_pass, run) in self._lengths
+                vote = pb.EndVote(input_pass=input_pass, run=run, is_length=is_length)
+                self._send(shard, pb.ToAggregator(end_vote=vote))
+        if not shard:
+            self._send_first(pb.ToAggregator(epoch_begun=self._epoch))
+            if self._wish is not None and self._wish.fit not in self._stops:
+                self._send_first(pb.ToAggregator(stop_wish=self._wish))

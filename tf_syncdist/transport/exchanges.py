@@ -12,7 +12,11 @@ from tf_syncdist.propagation.slices import Bucket, Plan, Slice
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.allocator import keep_freed_memory
+from tf_syncdist.transport.connection import Outgoing
 from tf_syncdist.transport.link import Link, SessionConfig
+
+# How the last runs ended can be told again for so many of them; results come at most four ahead.
+_MOST_DONE = 8
 
 _DTYPE_NUMBERS = {
     "float32": pb.FLOAT32,
@@ -30,6 +34,16 @@ class Exchanging(Link):
     def __init__(self, config: SessionConfig, on_notice: Callable[[str], None]) -> None:
         super().__init__(config, on_notice)
         self._results: dict[tuple[int, int], dict[tuple[int, int], tuple]] = {}
+        # For a service that is started again: the results of the run in progress and the last one,
+        # what was sent in the run in progress, and how the last runs ended.
+        self._held: list[dict[int, dict[tuple[int, int], tuple[pb.Result, memoryview]]]] = [
+            {} for _ in config.addresses
+        ]
+        self._offered: list[list[Outgoing]] = [[] for _ in config.addresses]
+        self._is_late = False
+        self._done: dict[int, tuple[int, int, bool]] = {}
+        self._fates = dict.fromkeys((pb.CONTRIBUTED, pb.LATE, pb.REPLAYED, pb.MISSED), 0)
+        self._nonfinite = 0
         self._over: list[dict[int, int]] = [{} for _ in config.addresses]
         self._sent: list[set[int]] = [set() for _ in config.addresses]
         self._gone: set[int] = set()
@@ -42,29 +56,23 @@ class Exchanging(Link):
             self._check()
             return self._exchanges_of(run)
 
-    def exchanges_of_missed(self, run: int) -> int:
-        """Returns how many exchanges a run had that another worker's state has passed.
-
-        The first shard, which relays the state, has announced the run before, if it had any.
-        """
-        with self._changed:
-            if run in self._over[0]:
-                there = f"the end of round {run} on every shard"
-                self._wait(lambda: self._exchanges_of(run) is not None, there)
-            return self._over[0].get(run, 0)
-
-    def wait_results(self, run: int) -> bool:
+    def wait_results(self, run: int) -> bool | None:
         """Waits until the results of a run that is over have all come.
 
         Returns:
-            `False` if they can no longer be had.
+            `False` if they can no longer be had, `None` if the run is not over after all: nobody
+            is left who has done it.
         """
 
         def settled() -> bool:
-            return run in self._gone or all(run in sent for sent in self._sent)
+            there = run in self._gone or all(run in sent for sent in self._sent)
+            return there or self._exchanges_of(run) is None
 
         with self._changed:
+            self._check()
             self._wait(settled, f"the stored result of round {run}")
+            if run not in self._gone and not all(run in sent for sent in self._sent):
+                return None
             return run not in self._gone
 
     def send(
@@ -104,19 +112,23 @@ class Exchanging(Link):
                 elements=part.elements,
                 layout=plan.layout,
             )
+            anew: Outgoing = functools.partial(self._inline, header, part, flat)
+            lent = None
             if part.row_elements:
-                message = functools.partial(self._table, header, part, flat)
-                self._connections[part.shard].send(message)
-                continue
-            lent = self._lend(part.shard, run, exchange, plan.nbytes[part.shard])
-            if lent is None:
-                message = functools.partial(self._inline, header, part, flat)
+                anew = functools.partial(self._table, header, part, flat)
             else:
-                header.location.segment, data = lent
-                header.location.offset = part.offset
+                lent = self._lend(part.shard, run, exchange, plan.nbytes[part.shard])
+            message = anew
+            if lent is not None:
+                located = pb.Contribution()
+                located.CopyFrom(header)
+                located.location.segment, data = lent
+                located.location.offset = part.offset
                 _copy_in(part, flat, data[part.offset : part.offset + part.nbytes])
-                message = wire.encode(pb.ToAggregator(contribution=header))
-            self._connections[part.shard].send(message)
+                message = wire.encode(pb.ToAggregator(contribution=located))
+            with self._changed:
+                self._offered[part.shard].append(anew)
+                self._post(part.shard, message)
 
     def _inline(
         self, header: pb.Contribution, part: Slice, flat: Mapping[int, np.ndarray]
@@ -152,7 +164,9 @@ class Exchanging(Link):
 
     def send_late(self, run: int) -> None:
         """Tells the service that this worker has values for a run which come too late."""
-        self._send_all(pb.ToAggregator(late=pb.LateContribution(run=run)))
+        with self._changed:
+            self._is_late = True
+            self._send_all(pb.ToAggregator(late=pb.LateContribution(run=run)))
 
     def receive(
         self,
@@ -189,7 +203,8 @@ class Exchanging(Link):
             return on_all_withheld is not None and run in self._all_withheld
 
         def there() -> bool:
-            if self._results.get(key) or run in self._gone or is_asked():
+            slices = self._results.get(key, {})
+            if run in self._gone or any((p.shard, p.index) in slices for p in left) or is_asked():
                 return True
             return known() is not None and exchange >= known()
 
@@ -202,6 +217,7 @@ class Exchanging(Link):
                 asked = is_asked()
                 if asked:
                     self._all_withheld.discard(run)
+                    self._is_late = False
             if asked:
                 on_all_withheld()
                 continue
@@ -241,22 +257,96 @@ class Exchanging(Link):
 
     def finish(self, run: int, exchanges: int, fate: int, nonfinite: bool = False) -> None:
         """Tells the service that a run is done and forgets its results."""
-        body = pb.RunFinished(run=run, exchanges=exchanges, fate=fate, nonfinite=int(nonfinite))
-        self._send_all(pb.ToAggregator(run_finished=body))
         with self._changed:
-            self._finished = run + 1
-            for key in [k for k in self._results if k[0] <= run]:
-                del self._results[key]
-            for over, sent in zip(self._over, self._sent, strict=True):
-                over.pop(run, None)
-                sent.discard(run)
-            self._gone.discard(run)
-            self._all_withheld.discard(run)
-            for lending in self._lending:
-                if lending is not None:
-                    lending.done(run)
+            self._fates[fate] += exchanges > 0
+            self._nonfinite += nonfinite
+            self._done[run] = (exchanges, fate, nonfinite)
+            self._done.pop(run - _MOST_DONE, None)
+            self._forget(run + 1)
+            self._send_all(_run_finished(run, *self._done[run]))
+
+    def resume(self, run: int, missed: int) -> None:
+        """Goes on from a later run: this worker has taken over another's state.
+
+        Args:
+            run: The run.
+            missed: How many rounds it has missed by that.
+        """
+        with self._changed:
+            self._fates[pb.MISSED] += missed
+            self._done.clear()
+            self._forget(run)
+            self._send_all(pb.ToAggregator(resume=pb.Resume(run=run, missed=missed)))
+
+    @property
+    def counts(self) -> dict[int, int]:
+        """How many rounds had which fate on this worker."""
+        with self._changed:
+            return dict(self._fates)
 
     # How.
+
+    def _forget(self, run: int) -> None:
+        """Forgets what was needed for the runs before one, but for the results of the last."""
+        self._finished = run
+        self._is_late = False
+        for key in [k for k in self._results if k[0] < run]:
+            del self._results[key]
+        self._gone = {r for r in self._gone if r >= run}
+        self._all_withheld = {r for r in self._all_withheld if r >= run}
+        for shard, lending in enumerate(self._lending):
+            self._offered[shard] = []
+            self._over[shard] = {r: n for r, n in self._over[shard].items() if r >= run}
+            self._sent[shard] = {r for r in self._sent[shard] if r >= run}
+            self._held[shard] = {r: h for r, h in self._held[shard].items() if r >= run - 1}
+            if lending is not None:
+                lending.done(run - 1)
+
+    def _stand(self, shard: int, standing: pb.Standing) -> None:
+        super()._stand(shard, standing)
+        standing.run = self._finished
+        standing.contributed = self._fates[pb.CONTRIBUTED]
+        standing.late = self._fates[pb.LATE]
+        standing.replayed = self._fates[pb.REPLAYED]
+        standing.missed = self._fates[pb.MISSED]
+        standing.nonfinite = self._nonfinite
+        for run in sorted({*self._held[shard], *self._done}):
+            exchanges, fate, _ = self._done.get(run, (0, pb.MISSED, False))
+            slices = self._held[shard].get(run, {})
+            done = run < self._finished
+            if done and (fate == pb.MISSED or (exchanges and not slices)):
+                continue
+            held = standing.held.add(run=run, done=done, exchanges=exchanges)
+            for exchange, part in slices:
+                held.slices.add(exchange=exchange, slice=part)
+
+    def _resend(self, shard: int, welcome: pb.Welcome, is_new: bool) -> None:
+        super()._resend(shard, welcome, is_new)
+        if is_new:
+            # It says again which runs are over, if it knows.
+            self._over[shard].clear()
+            self._sent[shard].clear()
+            self._gone.clear()
+        first = max(welcome.run, min(self._done, default=self._finished))
+        if welcome.run < min(first, self._finished):
+            resume = pb.Resume(run=min(first, self._finished))
+            self._send(shard, pb.ToAggregator(resume=resume))
+        for run in range(first, self._finished):
+            self._send(shard, _run_finished(run, *self._done[run]))
+        for message in self._offered[shard]:
+            self._post(shard, message)
+        if self._is_late:
+            late = pb.LateContribution(run=self._finished)
+            self._send(shard, pb.ToAggregator(late=late))
+
+    def _on_want_result(self, shard: int, message: pb.WantResult, *_: object) -> None:
+        held = self._held[shard].get(message.run, {}).get((message.exchange, message.slice))
+        if held is not None:
+            result = pb.Result()
+            result.CopyFrom(held[0])
+            result.ClearField("location")
+            stored = wire.encode(pb.ToAggregator(stored_result=result), held[1])
+            self._connections[shard].send(stored)
 
     def _exchanges_of(self, run: int) -> int | None:
         if not all(run in over for over in self._over):
@@ -271,6 +361,11 @@ class Exchanging(Link):
             slices = self._results.setdefault((message.run, message.exchange), {})
             if message.HasField("location"):
                 payload = self._opened[shard].read(message.location, message.bytes)
+            held = self._held[shard]
+            held.setdefault(message.run, {})[message.exchange, message.slice] = (message, payload)
+            if set(self._members) <= set(message.contributors):
+                # All have done the last run, so nobody can miss its results any more.
+                self._held[shard] = {r: h for r, h in held.items() if r >= message.run}
             slices[shard, message.slice] = (
                 payload,
                 tuple(message.contributors),
@@ -289,6 +384,11 @@ class Exchanging(Link):
 
     def _on_history_gone(self, shard: int, message: pb.HistoryGone, *_: object) -> None:
         self._gone.add(message.run)
+
+
+def _run_finished(run: int, exchanges: int, fate: int, nonfinite: bool) -> pb.ToAggregator:
+    body = pb.RunFinished(run=run, exchanges=exchanges, fate=fate, nonfinite=int(nonfinite))
+    return pb.ToAggregator(run_finished=body)
 
 
 def _copy_in(part: Slice, flat: Mapping[int, np.ndarray], data: np.ndarray) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from tf_syncdist.errors import ServiceError
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.transport import wire
 from tf_syncdist.transport.exchanges import Exchanging
 from tf_syncdist.transport.link import SessionConfig
 
@@ -20,7 +21,7 @@ class Gathered(NamedTuple):
         values: The sum of the contributors' values.
         contributors: The workers that are in it, in the order of their arrival.
         reference: The worker whose hashes follow: worker 0 if it is in it, else the lowest one.
-        hashes: The reference's hashes.
+        hashes: The reference's hashes: of a name and a value in turn.
         stop: Whether any contributor wished that training stops.
     """
 
@@ -38,6 +39,9 @@ class Gathering(Exchanging):
         super().__init__(config, on_notice)
         self._gathered: dict[tuple[int, int], tuple[pb.GatherResult, memoryview]] = {}
         self._awaited: tuple[int, int] | None = None
+        self._asked: tuple[pb.ToAggregator, memoryview] | None = None
+        # For a service that is started again: what was gathered last, of each kind.
+        self._last: dict[int, tuple[pb.GatherResult, memoryview]] = {}
 
     def gather(
         self,
@@ -57,7 +61,8 @@ class Gathering(Exchanging):
             run: How many runs this worker has done.
             layout: Fingerprint of what the values are.
             values: float64 vector, summed over the workers; may be empty.
-            hashes: One per common variable, as unsigned 64-bit integers; may be empty.
+            hashes: Of names and values of the common variables, in turn, as unsigned 64-bit
+                integers; may be empty.
             stop: Whether this worker wishes that training stops.
 
         Returns:
@@ -66,12 +71,13 @@ class Gathering(Exchanging):
         name = pb.GatherKind.Name(kind).lower()
         body = pb.Gather(kind=kind, serial=serial, run=run, layout=layout, hashes=hashes, stop=stop)
         vector = np.ascontiguousarray(values, "<f8")
-        self._send_first(pb.ToAggregator(gather=body), memoryview(vector).cast("B"))
         with self._changed:
+            self._asked = (pb.ToAggregator(gather=body), memoryview(vector).cast("B"))
+            self._send_first(*self._asked)
             self._awaited = (kind, serial)
             what = f"the other workers' part in gather {serial} ({name}) after run {run}"
             self._wait(lambda: (kind, serial) in self._gathered, what, gives_state=lambda: True)
-            self._awaited = None
+            self._awaited = self._asked = None
             message, payload = self._gathered[kind, serial]
             self._gathered = {
                 k: g for k, g in self._gathered.items() if k[0] != kind or k[1] > serial
@@ -95,3 +101,15 @@ class Gathering(Exchanging):
             if m.run >= self._finished or key == self._awaited
         }
         self._gathered[message.kind, message.serial] = (message, payload)
+        self._last[message.kind] = (message, payload)
+
+    def _give_stored(self, shard: int) -> None:
+        super()._give_stored(shard)
+        for message, payload in self._last.values() if not shard else ():
+            stored = wire.encode(pb.ToAggregator(stored_gather=message), payload)
+            self._connections[shard].send(stored)
+
+    def _resend(self, shard: int, welcome: pb.Welcome, is_new: bool) -> None:
+        super()._resend(shard, welcome, is_new)
+        if self._asked is not None and not shard:
+            self._send_first(*self._asked)

@@ -1,22 +1,39 @@
 """One worker's streams to all shards: what arrives wakes waits, and every wait has a deadline."""
 
+import functools
 import random
 import threading
 import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+import grpc
 import numpy as np
 
-from tf_syncdist.errors import ServiceError, SyncDistError, WaitTimeoutError
+from tf_syncdist.errors import (
+    AggregatorUnreachableError,
+    ServiceError,
+    SyncDistError,
+    WaitTimeoutError,
+)
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
-from tf_syncdist.transport.connection import Connection
+from tf_syncdist.transport.connection import Connection, Outgoing
+from tf_syncdist.transport.heartbeat import Heartbeat
 from tf_syncdist.transport.memory import Lending, Opened
 from tf_syncdist.transport.segments import SegmentError, host_id
 
 # Without an answer in this time, and until it comes, values travel in the messages.
 _ANSWER_SECONDS = 2.0
+
+# Whoever cannot be reached now may be reached later.
+_PASSING = {
+    grpc.StatusCode.OK,
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.UNKNOWN,
+    grpc.StatusCode.ALREADY_EXISTS,
+}
 
 
 class SessionConfig(NamedTuple):
@@ -33,6 +50,9 @@ class SessionConfig(NamedTuple):
         timeout_seconds: How long to wait for other workers.
         transport: "auto", "grpc" or "shared_memory"; see `SyncReplicasStrategy`.
         deterministic: See `SyncReplicasStrategy`.
+        address: "host:port" by which people know this worker.
+        min_workers: See `SyncReplicasStrategy`.
+        detection_seconds: See `SyncReplicasStrategy`.
     """
 
     addresses: tuple[str, ...]
@@ -45,6 +65,9 @@ class SessionConfig(NamedTuple):
     timeout_seconds: float = 600.0
     transport: str = "auto"
     deterministic: bool = False
+    address: str = ""
+    min_workers: int = 1
+    detection_seconds: float = 3.0
 
 
 class Link:
@@ -52,6 +75,10 @@ class Link:
 
     A part keeps what it has received in attributes that `_changed` guards. A message is handed to
     the method `_on_<body>`, which is called with `_changed` held and must not wait.
+
+    Where a stream breaks it is opened anew, perhaps to another process that knows nothing. A part
+    then tells by `_stand` what it knows of the job, and by `_resend` says again what it has said
+    and nobody has answered. What is said meanwhile is dropped; it has to be said by `_resend`.
 
     Args:
         config: See `SessionConfig`.
@@ -65,14 +92,20 @@ class Link:
         self._changed = threading.Condition()
         self._give: list[int] = []
         self._error: Exception | None = None
+        self._incarnation = random.SystemRandom().getrandbits(63)
         self._connections: list[Connection] = []
-        self._open = False
+        self._ready = [False for _ in config.addresses]
+        self._welcomes: list[pb.Welcome | None] = [None for _ in config.addresses]
+        self._down_since: list[float | None] = [None for _ in config.addresses]
+        self._leaving = False
+        self._members: tuple[int, ...] = ()
+        self._heartbeats: list[Heartbeat] = []
         self._lending: list[Lending | None] = [None for _ in config.addresses]
         self._opened = [Opened() for _ in config.addresses]
+        # Memory of streams that have broken; what was read of it may still be in use.
+        self._former: list[Lending | Opened] = []
         self._told_of_memory = False
         self._patience = _ANSWER_SECONDS
-        # What one shard has had answered before all of them are there.
-        self._early: list[tuple[int | None, bytes]] = []
 
     def report(self) -> pb.ReportReply:
         """Asks the first shard for the job's counters."""
@@ -94,58 +127,178 @@ class Link:
     def close(self) -> None:
         """Ends the streams. May be called twice."""
         self.cancel(SyncDistError("The session is closed."))
+        for heartbeat in self._heartbeats:
+            heartbeat.close()
         for connection in self._connections:
             connection.close()
-        for memory in (*self._lending, *self._opened):
+        for memory in (*self._lending, *self._opened, *self._former):
             if memory is not None:
                 memory.close()
 
-    # How.
+    # Connecting.
 
     def _connect(self) -> None:
         """Opens the streams; messages are handled from then on."""
         config = self.config
-        incarnation = random.SystemRandom().getrandbits(63)
-        host = "" if config.transport == "grpc" else host_id()
         for shard, address in enumerate(config.addresses):
-            hello = pb.Hello(
-                protocol=wire.PROTOCOL,
-                worker=config.worker,
-                incarnation=incarnation,
-                num_workers=config.num_workers,
-                cutoff=config.cutoff,
-                shard=shard,
-                num_shards=len(config.addresses),
-                history_rounds=config.history_rounds,
-                history_bytes=config.history_bytes,
-                host=host,
-                deterministic=config.deterministic,
-            )
             try:
-                connection = Connection(
-                    address,
-                    hello,
-                    lambda header, payload, shard=shard: self._receive(shard, header, payload),
-                    self.cancel,
-                    config.connect_timeout_seconds,
+                self._connections.append(
+                    Connection(
+                        address,
+                        functools.partial(self._receive, shard),
+                        functools.partial(self._on_lost, shard),
+                        config.connect_timeout_seconds,
+                    )
                 )
+                self._down_since[shard] = time.monotonic()
+                self._connections[shard].start(self._hello(shard))
+                self._await_welcome(shard)
             except BaseException:
                 self.close()
                 raise
-            self._connections.append(connection)
-            self._share_memory(shard, connection)
-        with self._changed:
-            self._open = True
-            for shard, data in self._early:
-                self._send_to(shard, data)
-        self.job_seed = self._connections[0].welcome.job_seed
+            self._heartbeats.append(
+                Heartbeat(
+                    address,
+                    config.worker,
+                    self._incarnation,
+                    config.detection_seconds,
+                    functools.partial(self._on_silence, shard),
+                )
+            )
+        self.job_seed = self._welcomes[0].job_seed
 
-    def _share_memory(self, shard: int, connection: Connection) -> None:
-        if connection.welcome.host:
+    def _await_welcome(self, shard: int) -> None:
+        deadline = time.monotonic() + self.config.connect_timeout_seconds
+        with self._changed:
+            while self._welcomes[shard] is None:
+                self._check()
+                if not self._changed.wait(min(1.0, max(0.0, deadline - time.monotonic()))):
+                    if time.monotonic() < deadline:
+                        continue
+                    raise AggregatorUnreachableError(
+                        "Expected a welcome from the aggregation service at "
+                        f"{self.config.addresses[shard]} within "
+                        f"{self.config.connect_timeout_seconds:g} s. Received: nothing. Is it "
+                        "another kind of server?"
+                    )
+            self._check()
+
+    def _hello(self, shard: int) -> bytes:
+        config = self.config
+        hello = pb.Hello(
+            protocol=wire.PROTOCOL,
+            worker=config.worker,
+            incarnation=self._incarnation,
+            num_workers=config.num_workers,
+            cutoff=config.cutoff,
+            shard=shard,
+            num_shards=len(config.addresses),
+            history_rounds=config.history_rounds,
+            history_bytes=config.history_bytes,
+            host="" if config.transport == "grpc" else host_id(),
+            deterministic=config.deterministic,
+            address=config.address,
+            min_workers=config.min_workers,
+            detection_seconds=config.detection_seconds,
+        )
+        welcome = self._welcomes[shard]
+        if welcome is not None:
+            hello.standing.job_seed = self.job_seed
+            hello.standing.service = welcome.service
+            hello.standing.members.extend(self._members)
+            self._stand(shard, hello.standing)
+        return wire.encode(pb.ToAggregator(hello=hello))
+
+    def _stand(self, shard: int, standing: pb.Standing) -> None:
+        """Adds what a part knows of the job; called with `_changed` held."""
+
+    def _resend(self, shard: int, welcome: pb.Welcome, is_new: bool) -> None:
+        """Says again what was not answered; called with `_changed` held.
+
+        Args:
+            shard: The shard.
+            welcome: What it has said.
+            is_new: Whether it is another process than before.
+        """
+
+    def _give_stored(self, shard: int) -> None:
+        """Gives what the service may want before it goes on; called with `_changed` held."""
+
+    def _on_silence(self, shard: int) -> None:
+        if self._ready[shard]:
+            self._connections[shard].abandon()
+
+    def _on_lost(
+        self,
+        shard: int,
+        connection: Connection,
+        error: ServiceError,
+        code: grpc.StatusCode | None,
+    ) -> None:
+        """Opens a stream anew that has broken; called on its thread."""
+        with self._changed:
+            if self._error is not None or connection is not self._connections[shard]:
+                return
+            self._ready[shard] = False
+            now = time.monotonic()
+            since = self._down_since[shard] = self._down_since[shard] or now
+        if code not in _PASSING or self._leaving:
+            self.cancel(error)
+            return
+        patience = self.config.connect_timeout_seconds
+        if code is grpc.StatusCode.ALREADY_EXISTS:
+            # The service may not have noticed yet that this worker's former process is gone.
+            patience = min(patience, 2 * self.config.detection_seconds + 1.0)
+        deadline = since + patience
+        time.sleep(random.uniform(0.02, 0.3))
+        while time.monotonic() < deadline and not self.has_failed:
+            try:
+                left = max(0.1, deadline - time.monotonic())
+                anew = Connection(
+                    connection.address,
+                    functools.partial(self._receive, shard),
+                    functools.partial(self._on_lost, shard),
+                    min(left, 5.0),
+                )
+            except AggregatorUnreachableError:
+                continue
+            with self._changed:
+                if self._error is not None:
+                    break
+                self._connections[shard] = anew
+                anew.start(self._hello(shard))
+                self._give_stored(shard)
+            connection.close()
+            return
+        self.cancel(error)
+
+    def _on_welcome(self, shard: int, message: pb.Welcome, *_: object) -> None:
+        before, self._welcomes[shard] = self._welcomes[shard], message
+        connection = self._connections[shard]
+        self._down_since[shard] = None
+        self._ready[shard] = True
+        self._former += [m for m in (self._lending[shard], self._opened[shard]) if m is not None]
+        self._opened[shard], self._lending[shard] = Opened(), None
+        self._share_memory(shard, connection, message)
+        if before is not None:
+            is_new = before.service != message.service
+            self._on_notice(
+                f"worker {self.config.worker} is connected again to the service at "
+                f"{connection.address}" + (", which was started again" if is_new else "")
+            )
+            self._resend(shard, message, is_new)
+
+    def _on_members(self, shard: int, message: pb.Members, *_: object) -> None:
+        if not shard:
+            self._members = tuple(message.workers)
+
+    # How.
+
+    def _share_memory(self, shard: int, connection: Connection, welcome: pb.Welcome) -> None:
+        if welcome.host:
             self._lending[shard] = Lending(lambda m: connection.send(wire.encode(m)))
         elif self.config.transport == "shared_memory":
-            self.close()
-            raise ServiceError(
+            self._error = self._error or ServiceError(
                 "Expected the aggregation service to run on the same machine, as the same user and "
                 'in the same process namespace, because transport="shared_memory" was given. '
                 f"Received: one at {connection.address} that does not. Leave `transport` out."
@@ -200,23 +353,19 @@ class Link:
 
     def _send_first(self, message: pb.ToAggregator, *pieces: bytes | memoryview) -> None:
         """Tells something to the shard that decides."""
-        self._connections[0].send(wire.encode(message, *pieces))
+        self._post(0, wire.encode(message, *pieces))
 
     def _send_all(self, message: pb.ToAggregator) -> None:
-        self._send(None, message)
-
-    def _send(self, shard: int | None, message: pb.ToAggregator) -> None:
-        """Tells something to a shard, or to all."""
         data = wire.encode(message)
-        with self._changed:
-            if not self._open:
-                self._early.append((shard, data))
-                return
-        self._send_to(shard, data)
+        for shard in range(len(self._connections)):
+            self._post(shard, data)
 
-    def _send_to(self, shard: int | None, data: bytes) -> None:
-        for connection in self._connections if shard is None else [self._connections[shard]]:
-            connection.send(data)
+    def _send(self, shard: int, message: pb.ToAggregator) -> None:
+        self._post(shard, wire.encode(message))
+
+    def _post(self, shard: int, message: Outgoing) -> None:
+        if self._ready[shard]:
+            self._connections[shard].send(message)
 
     def _check(self) -> None:
         if self._error is not None:

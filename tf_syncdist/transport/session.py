@@ -34,11 +34,24 @@ class Session(Ending, Gathering, StateTransfer):
     def __init__(self, config: SessionConfig, on_notice: Callable[[str], None]) -> None:
         super().__init__(config, on_notice)
         self._all_gone = 0
+        self._started: pb.Started | None = None
         self._connect()
+
+    def wait_started(self) -> pb.Started:
+        """Waits until all workers have come; at once where the job is in progress already.
+
+        Returns:
+            Whether it is, and where.
+        """
+        with self._changed:
+            self._wait(lambda: self._started is not None, "all workers to come")
+            return self._started
 
     def goodbye(self, reason: int, run: int) -> None:
         """Tells the service that this worker does no more runs."""
-        self._send_all(pb.ToAggregator(goodbye=pb.Goodbye(reason=reason, run=run)))
+        with self._changed:
+            self._leaving = True
+            self._send_all(pb.ToAggregator(goodbye=pb.Goodbye(reason=reason, run=run)))
 
     def wait_all_gone(self, timeout_seconds: float, on_wake: Callable[[], None]) -> bool:
         """Waits until every worker has said goodbye; `on_wake` is called now and then."""
@@ -53,3 +66,7 @@ class Session(Ending, Gathering, StateTransfer):
 
     def _on_all_gone(self, *_: object) -> None:
         self._all_gone += 1
+
+    def _on_started(self, shard: int, message: pb.Started, *_: object) -> None:
+        if not shard and self._started is None:
+            self._started = message

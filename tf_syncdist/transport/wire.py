@@ -12,10 +12,11 @@ from google.protobuf.message import DecodeError
 
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 
-PROTOCOL = 3
+PROTOCOL = 4
 SERVICE = "tf_syncdist.v1.Aggregation"
 TRAIN = f"/{SERVICE}/Train"
 REPORT = f"/{SERVICE}/Report"
+BEAT = f"/{SERVICE}/Beat"
 
 # Slices and states are cut to 1 MiB by the worker; metrics and batch-norm statistics, once per
 # epoch, are one message. Nothing legitimate is larger than this.
@@ -35,6 +36,10 @@ CHANNEL_OPTIONS = (
     # A reconnecting client must not sit out gRPC's two-minute backoff.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Nor wait for twenty seconds for an address that does not answer at all.
+    ("grpc.min_reconnect_backoff_ms", 1000),
+    # Otherwise a new connection to an address shares the broken one of the old.
+    ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
     # The largest frame that HTTP/2 knows. By default a message of some megabytes is hundreds of
     # frames, each a buffer of its own until the last one has come.

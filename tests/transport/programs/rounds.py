@@ -69,6 +69,7 @@ def main(address: str, worker: str, workers: str, how: str = "") -> None:
         transport="auto",
         history_rounds=1,
         history_bytes=0,
+        connect_timeout_seconds=3.0,
         timeout_seconds=10.0,
     )
     session = Session(config, lambda text: print(f"notice {text}", flush=True))

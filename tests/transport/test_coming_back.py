@@ -1,0 +1,119 @@
+"""Workers that come back to a job, and services that are started again."""
+
+import functools
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from tf_syncdist.aggregation.server import AggregatorServer
+from tf_syncdist.errors import ServiceError
+from tf_syncdist.strategies.controller import Mode
+
+Serve = Callable[..., object]
+
+
+def test_a_new_process_takes_over_a_state_and_goes_on(serve: Serve) -> None:
+    service = serve(3, detection_seconds=0.5)
+    workers = service.workers()
+    sites = [w.site() for w in workers]
+    service.together(
+        *(functools.partial(w.do_runs, s, 4) for w, s in zip(workers, sites, strict=True))
+    )
+    workers[2].session.close()
+    service.until(lambda: any("worker 2 is gone" in n for n in service.notices[0]))
+    service.together(
+        *(functools.partial(w.do_runs, s, 6) for w, s in zip(workers[:2], sites, strict=False))
+    )
+    late = service.worker(2)
+    started = late.session.wait_started()
+    assert started.in_progress and started.run == 10
+    late.controller.start_at(8)
+    site = late.site()
+    stop = threading.Event()
+    done = threading.Thread(target=workers[0].answer, args=(stop,))
+    done.start()
+    late.do_runs(site, 2)
+    stop.set()
+    done.join(5)
+    assert late.modes == [Mode.SKIP, Mode.SKIP]
+    assert late.bytes == workers[0].bytes == workers[1].bytes
+    everybody = [*workers[:2], late]
+    service.together(
+        *(
+            functools.partial(w.do_runs, s, 5)
+            for w, s in zip(everybody, [*sites[:2], site], strict=True)
+        )
+    )
+    assert late.bytes == workers[0].bytes == workers[1].bytes
+    contributed, late_ones, replayed, missed = late.counts
+    # Nobody waits for it before it is heard of in a round.
+    assert contributed + late_ones + replayed == 15 and missed == 10 and contributed >= 3
+
+
+def test_a_process_that_was_followed_by_another_is_refused(serve: Serve) -> None:
+    service = serve(2, detection_seconds=0.4)
+    first, second = service.sessions()
+    second._heartbeats[0].close()  # As if the process were stopped.
+    service.until(lambda: any("worker 1 is silent" in n for n in service.notices[0]))
+    anew = service.session(1)
+    service.until(lambda: second.has_failed)
+    with pytest.raises(ServiceError, match="ABORTED.*followed by another"):
+        second.exchanges_of(0)
+    assert not anew.has_failed and not first.has_failed
+
+
+def test_a_silent_worker_is_not_waited_for_until_it_is_heard_of(serve: Serve) -> None:
+    service = serve(2, detection_seconds=0.4)
+    workers = service.workers()
+    sites = [w.site() for w in workers]
+    service.together(
+        *(functools.partial(w.do_runs, s, 3) for w, s in zip(workers, sites, strict=True))
+    )
+    beat = workers[1].session._heartbeats[0]
+    beat.close()
+    workers[0].do_runs(sites[0], 3)
+    assert any("worker 1 is silent" in n for n in service.notices[0])
+    workers[1].do_runs(sites[1], 3)
+    assert sum(workers[1].counts[1:3]) == 3 and workers[0].counts == (6, 0, 0, 0)
+    assert workers[0].bytes == workers[1].bytes
+
+
+@pytest.mark.parametrize("transport", ["grpc", "auto"])
+@pytest.mark.parametrize("b", [0, 1])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_service_that_is_started_again_goes_on_where_it_was(
+    serve: Serve, b: int, shards: int, transport: str
+) -> None:
+    service = serve(3, b=b, shards=shards, transport=transport)
+    workers = service.workers()
+    sites = [w.site("a", "b") for w in workers]
+    stop = threading.Event()
+
+    def restart() -> None:
+        rng = np.random.default_rng(b)
+        for _ in range(6):
+            if stop.wait(rng.uniform(0.1, 0.4)):
+                return
+            which = int(rng.integers(shards))
+            port = service.servers[which].port
+            service.servers[which].close(grace_seconds=0)
+            service.servers[which] = AggregatorServer(port=port, on_event=service.events.append)
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    count = 300
+    try:
+        service.together(
+            *(functools.partial(w.do_runs, s, count) for w, s in zip(workers, sites, strict=True))
+        )
+    finally:
+        stop.set()
+        thread.join(10)
+    assert len({w.bytes for w in workers}) == 1
+    assert any("connected again" in n for n in service.notices[0])
+    for worker in workers:
+        assert sum(worker.counts[:3]) == count
+        if not b:
+            assert worker.counts == (count, 0, 0, 0)
