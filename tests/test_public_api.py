@@ -1,5 +1,6 @@
 """What is public, and what importing it costs."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,3 +38,18 @@ def test_the_public_names_are_documented() -> None:
     )
     missing = [n for n in (*tf_syncdist.__all__, *tf_syncdist.errors.__all__) if n not in text]
     assert not missing
+
+
+def test_nothing_is_ever_unpickled() -> None:
+    """Whatever comes over the network or out of a file must not be able to run code."""
+    code = Path(tf_syncdist.__file__).parent
+    forbidden = re.compile(
+        r"\b(pickle|marshal|shelve|dill|joblib)\b|\b(eval|exec)\(|np\.load\((?!.*allow_pickle=False)"
+    )
+    found = [
+        f"{path.name}: {line.strip()}"
+        for path in code.rglob("*.py")
+        for line in path.read_text().splitlines()
+        if forbidden.search(line) and "_pb2" not in path.name
+    ]
+    assert not found

@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tf_syncdist import cutoff, errors
+    from tf_syncdist import callbacks, cutoff, errors
     from tf_syncdist.strategies.sync_replicas import SyncReplicasStrategy
     from tf_syncdist.strategies.variables import variables_sha256
 
@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "SyncReplicasStrategy",
+    "callbacks",
     "cutoff",
     "errors",
     "variables_sha256",

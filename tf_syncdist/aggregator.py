@@ -7,14 +7,41 @@ import threading
 
 from absl import app, flags
 
+from tf_syncdist.aggregation.limits import Limits
 from tf_syncdist.aggregation.server import AggregatorServer
 from tf_syncdist.cluster.huge_pages import restart_with_huge_pages
 from tf_syncdist.transport.allocator import keep_freed_memory
+from tf_syncdist.transport.credentials import Credentials, read_token
 
 _PORT = flags.DEFINE_integer("port", 0, "Port to listen on; 0 picks a free one and prints it.")
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on.")
 _INSECURE = flags.DEFINE_bool(
     "insecure", False, "Allow an address beyond loopback without TLS, on a network you trust."
+)
+_TLS_CERT = flags.DEFINE_string(
+    "tls_cert", None, "PEM file with the service's certificate. Default: TF_SYNCDIST_TLS_CERT."
+)
+_TLS_KEY = flags.DEFINE_string(
+    "tls_key", None, "PEM file with the private key of --tls_cert. Default: TF_SYNCDIST_TLS_KEY."
+)
+_TLS_CA = flags.DEFINE_string(
+    "tls_ca",
+    None,
+    "PEM file with the CA that must have signed the certificate of every client. "
+    "Default: TF_SYNCDIST_TLS_CA.",
+)
+_TOKEN_FILE = flags.DEFINE_string(
+    "token_file",
+    None,
+    "File with the job's token, which is no flag because everybody on the machine can read those. "
+    "Default: the token in TF_SYNCDIST_TOKEN.",
+)
+_MAX_WORKER_BYTES = flags.DEFINE_integer(
+    "max_worker_bytes",
+    0,
+    "How many bytes one worker may make the service keep. Default: half of the memory that is "
+    "available at the start. Raise it if a worker is refused that the machine has room for.",
+    lower_bound=0,
 )
 _MAX_SECONDS = flags.DEFINE_float(
     "max_seconds", 30 * 24 * 3600.0, "Give up serving after this long, in seconds."
@@ -37,8 +64,19 @@ def main(argv: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
+        credentials = Credentials.from_environment(
+            tls_cert=_TLS_CERT.value,
+            tls_key=_TLS_KEY.value,
+            tls_ca=_TLS_CA.value,
+            token=None if _TOKEN_FILE.value is None else read_token(_TOKEN_FILE.value),
+            insecure=_INSECURE.value,
+        )
         server = AggregatorServer(
-            _HOST.value, _PORT.value, _INSECURE.value, (lambda _: None) if _QUIET.value else _say
+            _HOST.value,
+            _PORT.value,
+            credentials,
+            (lambda _: None) if _QUIET.value else _say,
+            Limits(_MAX_WORKER_BYTES.value),
         )
     except (ValueError, OSError) as e:
         sys.exit(f"tf_syncdist aggregator: {e}")

@@ -24,6 +24,12 @@ _GRACE_SECONDS = flags.DEFINE_float(
 _STOP_ON_FAILURE = flags.DEFINE_boolean(
     "stop_on_failure", False, "Whether to stop all tasks when one has failed."
 )
+_MAX_RESTARTS = flags.DEFINE_integer(
+    "max_restarts",
+    0,
+    "How often each task that fails is started again, after a pause that grows from 0.5 to 30 s. "
+    "The task finds the number of its restarts in TF_SYNCDIST_RESTARTS.",
+)
 _FILTER_TF_STARTUP = flags.DEFINE_boolean(
     "filter_tf_startup",
     True,
@@ -47,8 +53,12 @@ def main(argv: Sequence[str]) -> int:
             _NUM_PS.value,
             grace_seconds=_GRACE_SECONDS.value,
             stop_on_failure=_STOP_ON_FAILURE.value,
+            max_restarts=_MAX_RESTARTS.value,
             filter_tf_startup=_FILTER_TF_STARTUP.value,
         )
+    except KeyboardInterrupt:
+        # Before there was a job.
+        return 130
     except arguments.LaunchError as error:
         arguments.report_usage_error(error)
         return arguments.USAGE_EXIT_CODE

@@ -1,6 +1,7 @@
 """The aggregation service as a process."""
 
 import contextlib
+import dataclasses
 import os
 import re
 import signal
@@ -19,8 +20,9 @@ from tf_syncdist.cluster import child
 from tf_syncdist.cluster.addresses import is_loopback
 from tf_syncdist.cluster.child import ChildAggregator
 from tf_syncdist.cluster.roles import ClusterRole
-from tf_syncdist.errors import AggregatorUnreachableError, ClusterConfigError
+from tf_syncdist.errors import AggregatorUnreachableError, ClusterConfigError, ServiceError
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
 from tf_syncdist.transport.session import Session, SessionConfig
 
 
@@ -44,10 +46,14 @@ def until_free(port: int, seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def join(port: int, num_workers: int = 1, worker: int = 0) -> Session:
+def join(
+    port: int, num_workers: int = 1, worker: int = 0, credentials: Credentials = NO_CREDENTIALS
+) -> Session:
     """Opens the session of a worker."""
     policy = cutoff.serialize(cutoff.FullSync())
-    config = SessionConfig((f"127.0.0.1:{port}",), worker, num_workers, policy)
+    config = SessionConfig(
+        (f"127.0.0.1:{port}",), worker, num_workers, policy, credentials=credentials
+    )
     return Session(config._replace(connect_timeout_seconds=10, timeout_seconds=10), print)
 
 
@@ -72,11 +78,11 @@ def aggregator(*args: str) -> Iterator[tuple[subprocess.Popen, int]]:
         process.stdout.close()
 
 
-def refusal(*args: str) -> list[str]:
+def refusal(*args: str, **variables: str) -> list[str]:
     """Returns what the service prints when it does not start."""
     result = subprocess.run(
         [sys.executable, "-m", "tf_syncdist.aggregator", *args],
-        env=child.environment(),
+        env=child.environment(variables),
         capture_output=True,
         timeout=30,
         text=True,
@@ -221,6 +227,8 @@ def test_an_address_beyond_loopback_has_to_be_allowed(address: str) -> None:
         child.become_aggregator(ClusterRole("ps", 0, ("a:1", "b:1"), (address,)), insecure=False)
     command = child.command(address, insecure=True)
     assert {"--port=5000", "--insecure"} <= set(command)
+    command = child.command(address, insecure=False, tls=True)
+    assert {"--port=5000", "--host=0.0.0.0"} <= set(command) and "--insecure" not in command
 
 
 @pytest.mark.parametrize(
@@ -249,3 +257,50 @@ def test_loopback_addresses_are_served_as_they_are(address: str, host: str) -> N
 )
 def test_is_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
+
+
+CERTIFICATES = Path(__file__).parents[1] / "certificates"
+SECRET = "a-secret-that-must-not-show"
+OURS = Credentials(
+    *(str(CERTIFICATES / name) for name in ("task.pem", "task.key", "ca.pem")), token=SECRET
+)
+
+
+def check_protected(pid: int, port: int) -> None:
+    """Checks that a service demands what `OURS` has, and does not show the token to others."""
+    with contextlib.closing(join(port, 2, 0, OURS)) as session:
+        assert session.report().rounds == 0
+    with pytest.raises(ServiceError, match="UNAUTHENTICATED"):
+        join(port, 2, 1, dataclasses.replace(OURS, token="x"))
+    with pytest.raises(AggregatorUnreachableError):
+        Session(SessionConfig((f"127.0.0.1:{port}",), 1, 2, "", connect_timeout_seconds=0.5), print)
+    assert SECRET.encode() not in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_a_child_is_told_the_credentials_but_not_on_its_command_line() -> None:
+    port = free_port()
+    tls, variables = OURS.uses_tls, OURS.variables()
+    with ChildAggregator(f"127.0.0.1:{port}", False, tls=tls, variables=variables) as service:
+        check_protected(service._process.pid, port)  # noqa: SLF001
+    assert "TF_SYNCDIST_TOKEN" not in os.environ
+
+
+def test_the_service_takes_credentials_from_flags(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(SECRET + "\n")
+    own = [f"--tls_cert={OURS.tls_cert}", f"--tls_key={OURS.tls_key}", f"--tls_ca={OURS.tls_ca}"]
+    with aggregator(*own, f"--token_file={token}") as (process, port):
+        check_protected(process.pid, port)
+
+
+def test_flags_of_the_service_beat_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {**OURS.variables(), "TF_SYNCDIST_TLS_CERT": "/none"}.items():
+        monkeypatch.setenv(name, value)
+    with aggregator(f"--tls_cert={OURS.tls_cert}") as (process, port):
+        check_protected(process.pid, port)
+    (line,) = refusal()
+    assert "tls_cert='/none'" in line and "TF_SYNCDIST_TLS_CERT" in line and SECRET not in line
+    (line,) = refusal(f"--token_file={tmp_path / 'none'}")
+    assert "Expected a file with the job's token" in line

@@ -38,6 +38,38 @@ def test_tf_config_and_arguments_of_each_worker(launch: Launch) -> None:
     assert all(re.fullmatch(r"127\.0\.0\.1:\d+", address) for address in addresses)
 
 
+def test_credentials_in_the_environment_reach_workers_and_services(
+    launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    certificates = Path(__file__).parents[1] / "certificates"
+    monkeypatch.setenv("TF_SYNCDIST_TOKEN", "a secret")
+    monkeypatch.setenv("TF_SYNCDIST_TLS_CA", str(certificates / "ca.pem"))
+    monkeypatch.setenv("TF_SYNCDIST_TLS_CERT", str(certificates / "task.pem"))
+    monkeypatch.setenv("TF_SYNCDIST_TLS_KEY", str(certificates / "task.key"))
+    script = """
+        import json, os
+        from tf_syncdist import cutoff
+        from tf_syncdist.transport.credentials import Credentials
+        from tf_syncdist.transport.session import Session, SessionConfig
+        config = json.loads(os.environ["TF_CONFIG"])["cluster"]
+        policy = cutoff.serialize(cutoff.FullSync())
+        credentials = Credentials.from_environment()
+        config = SessionConfig(tuple(config["ps"]), 0, 1, policy, credentials=credentials)
+        session = Session(config, print)
+        print(credentials.token, credentials.uses_tls, session.report().rounds)
+        session.close()
+        plain = config._replace(credentials=Credentials(), connect_timeout_seconds=1.0)
+        try:
+            Session(plain, print)
+        except ConnectionError as e:
+            print(type(e).__name__)
+    """
+    job = launch(script, "--num_workers=1", "--num_ps=1", "script.py")
+    assert job.wait() == 0
+    own = [line for line in job.lines if line.startswith("[worker 0]")]
+    assert own == ["[worker 0] a secret True 0", "[worker 0] AggregatorUnreachableError"]
+
+
 def test_a_module_can_be_run(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "pack").mkdir()
     (tmp_path / "pack" / "mod.py").write_text("import sys; print(__name__, sys.argv[1:])")

@@ -87,6 +87,7 @@ def run_job(
     statuses: Mapping[str, int] | None = None,
     start: Sequence[str] | None = None,
     ps_runs_program: bool = False,
+    environment: Mapping[str, str] | None = None,
 ) -> JobResult:
     """Runs a program in every task of a cluster and waits for the end of all of them.
 
@@ -101,6 +102,7 @@ def run_job(
         start: The tasks that are started, if not all.
         ps_runs_program: Whether a `ps` task runs the program too, as opposed to
             `python -m tf_syncdist.aggregator`.
+        environment: Environment variables of all tasks.
 
     Returns:
         A `JobResult`.
@@ -115,7 +117,7 @@ def run_job(
         cluster = {"worker": addresses[:workers]} | ({"ps": addresses[workers:]} if ps else {})
         for port in ports:
             port.release()
-        job = _Job(directory, cluster, statuses or {})
+        job = _Job(directory, cluster, statuses or {}, environment or {})
         stack.callback(job.kill)
         argument = json.dumps({"directory": str(directory), **(arguments or {})})
         command = [str(_PROGRAMS / program), argument]
@@ -175,22 +177,28 @@ class _Job:
         directory: Where results and logs are written.
         cluster: Addresses of all tasks.
         statuses: Expected exit statuses other than 0.
+        environment: Environment variables of all tasks.
     """
 
     def __init__(
-        self, directory: Path, cluster: dict[str, list[str]], statuses: Mapping[str, int]
+        self,
+        directory: Path,
+        cluster: dict[str, list[str]],
+        statuses: Mapping[str, int],
+        environment: Mapping[str, str],
     ) -> None:
         self.ended: dict[str, float] = {}
         self._directory = directory
         self._cluster = cluster
         self._statuses = statuses
+        self._environment = dict(environment)
         self._mark = uuid.uuid4().hex
         self._processes: dict[str, subprocess.Popen | ForkedProcess] = {}
         self._started_at = time.monotonic()
 
     def start(self, task_type: str, index: int, arguments: list[str]) -> None:
         """Starts a task; a module by Python itself, a script by the fork server."""
-        env = {_MARK: self._mark}
+        env = self._environment | {_MARK: self._mark}
         if any(self._cluster.values()):
             task = {"type": task_type, "index": index}
             env["TF_CONFIG"] = json.dumps({"cluster": self._cluster, "task": task})

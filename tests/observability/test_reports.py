@@ -41,3 +41,13 @@ def test_rounds_that_values_were_kept_back_from_are_told_if_there_are_any() -> N
 
 def test_a_single_worker_has_no_rounds_with_others() -> None:
     assert str(Report(0, ())) == "0 rounds by a single worker"
+
+
+def test_what_was_refused_has_a_line_of_its_own() -> None:
+    workers = (WorkerReport(0, 2, 0, 0, 0, 0, 0.0),)
+    refused = {"stream too many": 3, "call without the job's token": 12}
+    assert str(Report(2, workers, refused)).splitlines()[1:] == [
+        "worker 0 was in time in all 2 rounds, at the median",
+        "the service refused 15 times: 12 x call without the job's token, 3 x stream too many",
+    ]
+    assert len(str(Report(2, workers)).splitlines()) == 2

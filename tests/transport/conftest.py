@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from tf_syncdist import cutoff
+from tf_syncdist.aggregation.limits import DEFAULT_LIMITS, Limits
 from tf_syncdist.aggregation.server import AggregatorServer
 from tf_syncdist.propagation.slices import TensorSpec
 from tf_syncdist.strategies.controller import Mode, RunController
+from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
 from tf_syncdist.transport.session import Session, SessionConfig
 
 _DEADLINE_SECONDS = 20.0
@@ -144,12 +146,25 @@ class Service:
         num_workers: How many workers the job has.
         b: Number of backup workers.
         shards: Number of shards.
+        credentials: What the shards demand.
+        limits: What they allow.
         **config: Changes of `SessionConfig` for all workers.
     """
 
-    def __init__(self, num_workers: int, b: int = 0, shards: int = 1, **config: Any) -> None:
+    def __init__(
+        self,
+        num_workers: int,
+        b: int = 0,
+        shards: int = 1,
+        credentials: Credentials = NO_CREDENTIALS,
+        limits: Limits = DEFAULT_LIMITS,
+        **config: Any,
+    ) -> None:
         self.events: list[str] = []
-        self.servers = [AggregatorServer(on_event=self.events.append) for _ in range(shards)]
+        self.servers = [
+            AggregatorServer(credentials=credentials, on_event=self.events.append, limits=limits)
+            for _ in range(shards)
+        ]
         self.notices: list[list[str]] = [[] for _ in range(num_workers)]
         self._sessions: list[Session] = []
         self.config = SessionConfig(

@@ -107,7 +107,7 @@ class Delivery:
         self._results.setdefault(run, []).append(slot)
         for worker, outbox in self._streams.items():
             if self._is_near(worker, run):
-                outbox.put(slot.result(outbox.opened or ()))
+                outbox.put(slot.result(outbox.opened or ()), is_result=True)
 
     def closed(self, run: int) -> bool:
         """Returns whether any slice of a run that is kept is closed."""
@@ -167,7 +167,7 @@ class Delivery:
             return
         outbox = self._streams[worker]
         for slot in self._results.get(run, ()):
-            outbox.put(slot.result(outbox.opened or ()))
+            outbox.put(slot.result(outbox.opened or ()), is_result=True)
         if run < self._rounds.runs_announced:
             exchanges = self._rounds.exchanges(run)
             over = pb.RunOver(run=run, exchanges=exchanges, sent=True)

@@ -6,7 +6,7 @@ import numpy as np
 
 from tf_syncdist.aggregation import sums
 from tf_syncdist.aggregation.admission import invalid
-from tf_syncdist.aggregation.gathers import GatherKey, Gathers, Part
+from tf_syncdist.aggregation.gathers import GatherKey, Gathers, Part, RecentResults
 from tf_syncdist.aggregation.outbox import Streams
 from tf_syncdist.cutoff import CutoffPolicy
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
@@ -38,7 +38,7 @@ class GatherRelay:
         self._streams = streams
         self._begun = begun
         self._totals: dict[GatherKey, np.ndarray] = {}
-        self._results: dict[GatherKey, bytes] = {}
+        self._results = RecentResults()
 
     @property
     def waiting(self) -> bool:

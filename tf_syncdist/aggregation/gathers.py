@@ -9,6 +9,15 @@ from tf_syncdist.cutoff import CutoffPolicy, SliceView
 # The number is that of the contract.
 START = 2
 
+# A worker waits for what comes of a gather before it takes part in another one.
+_MOST_OPEN = 4
+# Those that are closed are remembered until every worker has gone past them. A worker that comes
+# later than that to one of them is alone in it.
+_MOST_CLOSED = 1000
+# Their results are kept for workers that have not connected yet; each takes a little besides.
+_MOST_RESULT_BYTES = 256 * 2**20
+_RESULT_BYTES = 256
+
 
 class GatherKey(NamedTuple):
     """Names a gather: of which kind, and which one of that kind."""
@@ -116,7 +125,10 @@ class Gathers:
         Raises:
             RoundError: If workers disagree on what is summed.
         """
-        gather = self._gathers.setdefault(key, _Gather(part, now))
+        gather = self._gathers.get(key)
+        if gather is None:
+            self._check_open(worker, key)
+            gather = self._gathers[key] = _Gather(part, now)
         first = gather.first
         if first is not _RESTORED and (first.layout, first.elements) != (
             part.layout,
@@ -159,6 +171,8 @@ class Gathers:
                         key, gather.run, contributors, reference, gather.hashes, gather.stop
                     )
                 )
+        if len(self._gathers) > _MOST_CLOSED:
+            self._forget_old()
         return closed
 
     @property
@@ -181,3 +195,38 @@ class Gathers:
         for key in gone:
             del self._gathers[key]
         return gone
+
+    def _forget_old(self) -> None:
+        closed = [k for k, gather in self._gathers.items() if gather.closed]
+        for key in closed[:-_MOST_CLOSED]:
+            del self._gathers[key]
+
+    def _check_open(self, worker: int, key: GatherKey) -> None:
+        mine = [k for k, g in self._gathers.items() if not g.closed and worker in g.contributors]
+        if len(mine) >= _MOST_OPEN:
+            raise RoundError(
+                f"Expected a worker to wait for what comes of {_MOST_OPEN} gathers before it "
+                f"takes part in another one. Received: serial={key.serial} from worker {worker}, "
+                f"which is in {[k.serial for k in mine]}."
+            )
+
+
+class RecentResults(dict[GatherKey, bytes]):
+    """The results of the last gathers, as messages; of old ones no more than there is room for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes = 0
+
+    def __setitem__(self, key: GatherKey, message: bytes) -> None:
+        self.pop(key, None)
+        super().__setitem__(key, message)
+        self._bytes += len(message) + _RESULT_BYTES
+        while self._bytes > _MOST_RESULT_BYTES:
+            self.pop(next(iter(self)))
+
+    def pop(self, key: GatherKey, default: bytes | None = None) -> bytes | None:
+        """Forgets a result."""
+        if key in self:
+            self._bytes -= len(self[key]) + _RESULT_BYTES
+        return super().pop(key, default)

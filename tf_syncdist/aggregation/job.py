@@ -1,71 +1,29 @@
 """One job on one shard: the pure machines and the workers' outboxes behind one lock."""
 
-import random
-import threading
-import time
-from collections.abc import Callable
-
 import grpc
 
-from tf_syncdist import cutoff
-from tf_syncdist.aggregation import admission, contributions, counters, waits
+from tf_syncdist.aggregation import admission, contributions, counters
 from tf_syncdist.aggregation.admission import invalid
-from tf_syncdist.aggregation.delivery import WINDOW_RUNS, Delivery
-from tf_syncdist.aggregation.end_relay import EndRelay
-from tf_syncdist.aggregation.gather_relay import GatherRelay
-from tf_syncdist.aggregation.membership import Members, NotAdmitted
-from tf_syncdist.aggregation.memory import ResultMemory, WorkerMemory
-from tf_syncdist.aggregation.outbox import Outbox, Refused, Streams
-from tf_syncdist.aggregation.records import Closed, Fate, RoundError, SliceKey, SliceSpec, Verdict
-from tf_syncdist.aggregation.relays import StateRelay
-from tf_syncdist.aggregation.restoring import Restoring
-from tf_syncdist.aggregation.rounds import Rounds
-from tf_syncdist.aggregation.withheld import Withheld
+from tf_syncdist.aggregation.attendance import Attendance
+from tf_syncdist.aggregation.membership import NotAdmitted
+from tf_syncdist.aggregation.memory import WorkerMemory
+from tf_syncdist.aggregation.outbox import Outbox, Refused
+from tf_syncdist.aggregation.records import Fate, RoundError, SliceKey, SliceSpec, Verdict
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
-from tf_syncdist.transport.segments import host_id
 
 # A job that has begun is over when no worker has been connected for this long.
 _ALONE_SECONDS = 60.0
 
 
-class Job:
-    """Everything the service knows about a job.
+class Job(Attendance):
+    """Everything the service knows about a job, and what it does with a worker's messages.
 
     Args:
         clock: Returns the time in seconds; monotonic.
         on_event: Called with one line for the service's log.
+        worker_bytes: How many bytes one worker may make the service keep; see `limits.Limits`.
     """
-
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.monotonic,
-        on_event: Callable[[str], None] = lambda text: None,
-    ) -> None:
-        self.done = threading.Event()
-        self._clock = clock
-        self._on_event = on_event
-        self._lock = threading.Lock()
-        # Where sums are made in order, whose turn it is may have changed.
-        self._turned = threading.Condition(self._lock)
-        self._hello: pb.Hello | None = None
-        self._service = random.SystemRandom().getrandbits(63)
-        self._seed = random.SystemRandom().getrandbits(63)
-        self._streams = Streams()
-        self._memories: dict[int, WorkerMemory] = {}
-        self._host = host_id()
-        self._present: set[int] = set()
-        self._alone_since: float | None = None
-        # Whether all workers have come; from then on, those that come join a job in progress.
-        self._started = False
-        self._frozen = False
-        self._restoring: Restoring | None = None
-        self._epoch = pb.EpochBegun()
-
-    @property
-    def in_progress(self) -> bool:
-        """Whether workers have joined and not all of them have left."""
-        return bool(self._present)
 
     # A worker's stream.
 
@@ -94,7 +52,8 @@ class Job:
             if before is not None:
                 before.close()
             shares = bool(hello.host) and hello.host == self._host
-            outbox = self._streams[worker] = Outbox(shares)
+            outbox = self._streams[worker] = Outbox(shares, self._worker_bytes)
+            self._quotas.begin(worker)
             self._memories[worker] = WorkerMemory()
             self._on_event(f"worker {worker} joined ({len(self._streams)} of {hello.num_workers})")
             if self._restoring is not None:
@@ -128,6 +87,7 @@ class Job:
         try:
             header, payload = wire.decode(pb.ToAggregator, data)
             body = header.WhichOneof("body")
+            self._quotas.check(worker, body, header, payload.nbytes)
             if body == "contribution":
                 self._contribute(worker, header.contribution, payload, outbox)
             else:
@@ -212,122 +172,7 @@ class Job:
                 return pb.ReportReply()
             return counters.reply(self._rounds)
 
-    # Starting.
-
-    def _start(self, hello: pb.Hello) -> None:
-        try:
-            policy = cutoff.deserialize(hello.cutoff)
-            rounds = Rounds(
-                hello.num_workers,
-                policy,
-                hello.history_rounds,
-                hello.history_bytes,
-                hello.min_workers,
-            )
-        except ValueError as e:
-            raise invalid(str(e)) from e
-        if hello.deterministic and rounds.replicas_to_aggregate != hello.num_workers:
-            raise invalid(
-                "Expected a policy that waits for all workers, because sums are to be made in "
-                f"their order. Received: cutoff={hello.cutoff}."
-            )
-        self._rounds = rounds
-        memory = ResultMemory(self._streams.tell_sharers, self._on_event)
-        self._memory = memory
-        self._delivery = Delivery(self._streams, rounds, memory, hello.deterministic)
-        self._gathers = GatherRelay(
-            hello.num_workers,
-            policy,
-            hello.min_workers,
-            self._streams,
-            rounds.begun,
-            lambda: rounds.awaited,
-        )
-        self._ends = EndRelay(
-            hello.num_workers,
-            rounds,
-            self._streams,
-            self._delivery.closed,
-            not hello.shard,
-            self._on_event,
-        )
-        self._relay = StateRelay(
-            hello.num_workers, self._streams, rounds.position, self._givers, self._on_event
-        )
-        self._withheld = Withheld(rounds, self._streams, not hello.shard)
-        self._members = Members(hello.num_workers, hello.detection_seconds)
-        self._waits = waits.Waits()
-        self._present = set(range(hello.num_workers))
-        self._hello = hello
-
-    def _givers(self) -> set[int]:
-        """Returns the workers that have a state to give: those that have left, too."""
-        return {w for w in self._streams if self._rounds.holds_state(w)} & self._members.here
-
-    def _welcome(self, worker: int) -> None:
-        welcome = pb.Welcome(
-            job_seed=self._seed,
-            window_runs=WINDOW_RUNS,
-            host=self._host if self._streams[worker].opened is not None else "",
-            run=self._rounds.position(worker),
-            service=self._service,
-        )
-        self._streams.tell(worker, pb.ToWorker(welcome=welcome))
-
-    def _tell_started(self, worker: int) -> None:
-        """Tells workers to begin, when all have come, or the one that has joined the others."""
-        workers = [worker]
-        if not self._started:
-            if len(self._members.have_come) < self._hello.num_workers:
-                return
-            self._started = True
-            workers = list(self._streams)
-        if self._restoring is not None:
-            return
-        for one in workers:
-            run = self._rounds.position(one)
-            started = pb.Started(in_progress=bool(self._rounds.runs_over), run=run)
-            started.epoch.CopyFrom(self._epoch)
-            self._streams.tell(one, pb.ToWorker(started=started))
-        self._tell_members()
-
-    def _catch_up(self, worker: int) -> None:
-        """Tells a worker that comes late what the others have been told and it may wait for."""
-        self._ends.catch_up(worker)
-        self._gathers.catch_up(worker)
-        for segment in self._memory.offers() if self._streams[worker].opened is not None else ():
-            self._streams.tell(worker, pb.ToWorker(segment=segment))
-        self._delivery.catch_up(worker)
-
-    # Being started again.
-
-    def _begin_restoring(self, now: float) -> None:
-        self._on_event("workers know a job that was in progress; collecting what they have")
-        self._restoring = Restoring(now, self._streams)
-        self._started = True
-        for worker in self._streams:
-            self._restoring.add(worker, None)
-
-    def _restore(self, now: float) -> None:
-        """Goes on with the job once everything is there that workers know."""
-        if not self._restoring.is_complete(now):
-            return
-        found, self._restoring = self._restoring, None
-        self._seed, self._epoch = found.job_seed, found.epoch
-        restored = found.restore(self._rounds, self._delivery, self._gathers, self._ends)
-        self._relay.know(found.variables)
-        for worker in range(self._hello.num_workers):
-            standing = found.standings.get(worker)
-            if worker not in self._streams or (standing is not None and standing.left):
-                self._leave(worker, for_good=True)
-            else:
-                self._enter(worker, None if standing is None else standing.run)
-            if standing is not None and worker in self._streams:
-                self._welcome(worker)
-                self._catch_up(worker)
-        self._on_event(f"going on with the job in round {self._rounds.runs_over}: {restored}")
-        for worker in self._streams:
-            self._tell_started(worker)
+    # Messages.
 
     def _on_stored_result(self, worker: int, message: pb.Result, payload: memoryview) -> None:
         if self._restoring is not None:
@@ -337,8 +182,6 @@ class Job:
     def _on_stored_gather(self, worker: int, message: pb.GatherResult, payload: memoryview) -> None:
         if self._restoring is not None:
             self._restoring.stored_gather(message, payload)
-
-    # Messages.
 
     def _contribute(
         self,
@@ -393,12 +236,6 @@ class Job:
             slot.finish(self._rounds.replicas_to_aggregate)
             with self._lock:
                 self._delivery.publish(slot)
-
-    def _close(self, closed: tuple[Closed, ...]) -> None:
-        """Closes slices, after something that may also have changed whose turn it is."""
-        self._delivery.close(closed)
-        self._turned.notify_all()
-        self._withheld.ask()
 
     def _on_segment(self, worker: int, message: pb.Segment, *_: object) -> None:
         if self._streams[worker].opened is None:
@@ -498,79 +335,3 @@ class Job:
         elif message.reason in (pb.FAILED, pb.PREEMPTED):
             self._say_gone(worker, f"has left ({reason})")
         self._leave(worker, for_good=True)
-
-    # Who takes part.
-
-    def _is_stream(self, worker: int, outbox: Outbox | None) -> bool:
-        known = self._streams.get(worker)
-        return known is not None and outbox in (None, known)
-
-    def _hear(self, worker: int) -> None:
-        self._members.hear(worker, self._clock())
-
-    def _enter(self, worker: int, run: int | None) -> None:
-        """Lets a worker take part: for the first time, again, or in place of its former process."""
-        if worker in self._present and not self._started:
-            return
-        self._present.add(worker)
-        self._rounds.enter(worker, run)
-        self._relay.enter(worker)
-        self._ends.enter(worker)
-        if run is None:
-            self._delivery.leave(worker)
-
-    def _silence(self, worker: int, now: float) -> None:
-        if worker in self._present:
-            self._say_gone(worker, f"is silent; {self._members.describe(worker, now)}")
-            self._ends.leave(worker)
-            self._consequences(self._rounds.silence(worker, now))
-        self._tell_members()
-
-    def _hear_again(self, worker: int) -> None:
-        if worker in self._present:
-            self._on_event(f"worker {worker} is heard of again")
-            self._rounds.hear(worker)
-            self._ends.enter(worker)
-        self._tell_members()
-
-    def _give_up(self, worker: int) -> None:
-        """Keeps nothing any more for a worker that has been away for long."""
-        self._rounds.leave(worker, self._clock(), for_good=True)
-        self._delivery.leave(worker)
-        self._relay.leave(worker)
-        self._end_if_alone()
-
-    def _leave(self, worker: int, for_good: bool) -> None:
-        self._present.discard(worker)
-        self._ends.leave(worker)
-        if for_good:
-            self._delivery.leave(worker)
-        closed = self._rounds.leave(worker, self._clock(), for_good)
-        if self._restoring is None:
-            self._consequences(closed)
-        self._relay.leave(worker, for_good)
-        self._tell_members()
-        self._end_if_alone()
-
-    def _consequences(self, closed: tuple[Closed, ...]) -> None:
-        """Acts on what may be decided now that a worker takes no part."""
-        self._ends.decide()
-        self._close(closed)
-        self._gathers.close(self._clock())
-
-    def _end_if_alone(self) -> None:
-        if self._present:
-            return
-        self._streams.tell_all(pb.ToWorker(all_gone=pb.AllGone()))
-        if not self._streams and (self._ends.is_over or not self._members.away):
-            self.done.set()
-
-    def _say_gone(self, worker: int, why: str) -> None:
-        left = len(self._present - {worker})
-        text = f"worker {worker} {why}; going on without it ({left} of {self._hello.num_workers})"
-        self._on_event(text)
-        self._streams.tell_all(pb.ToWorker(notice=pb.Notice(text=text)))
-
-    def _tell_members(self) -> None:
-        members = sorted(self._present & self._members.here)
-        self._streams.tell_all(pb.ToWorker(members=pb.Members(workers=members)))

@@ -40,11 +40,17 @@ class ResultMemory:
     Args:
         on_segment: Called with every new segment, to tell workers of it.
         on_event: Called with one line for the service's log.
+        most_bytes: How much memory is taken at most. Blocks are kept for results of the same
+            size, so new sizes in every round would take ever more.
     """
 
     def __init__(
-        self, on_segment: Callable[[pb.Segment], None], on_event: Callable[[str], None]
+        self,
+        on_segment: Callable[[pb.Segment], None],
+        on_event: Callable[[str], None],
+        most_bytes: int,
     ) -> None:
+        self._most_bytes = most_bytes
         self._on_segment = on_segment
         self._on_event = on_event
         self._segments: list[Segment] = []
@@ -87,6 +93,10 @@ class ResultMemory:
 
     def _carve(self, size: int, expected: int) -> Block | None:
         if not self._segments or self._used + size > self._segments[-1].offer.size:
+            expected = min(expected, self._most_bytes - sum(s.offer.size for s in self._segments))
+            if expected < size:
+                # This result travels in messages; a later one finds blocks that were given back.
+                return None
             try:
                 # Few segments: until workers have opened one, results travel in messages.
                 self._segments.append(Segment.create(max(size, expected, _LEAST_BYTES)))

@@ -1,7 +1,8 @@
 """What the service has to say to the workers, to each of them in order."""
 
+import contextlib
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import grpc
 
@@ -11,11 +12,30 @@ from tf_syncdist.transport import wire
 # gRPC sends no status whose text is longer than some thousand bytes.
 _MOST_DETAILS = 1500
 
+# What a message takes besides its bytes, at least.
+_MESSAGE_BYTES = 128
+
+
+# What is counted as refused, where nothing better is known than the status.
+_REASONS = {
+    grpc.StatusCode.INVALID_ARGUMENT: "message that no correct worker sends",
+    grpc.StatusCode.ALREADY_EXISTS: "worker that is there already",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "stream without Hello in time",
+    grpc.StatusCode.INTERNAL: "message on which the service failed",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "too much of something",
+}
+
 
 class Refused(Exception):
-    """A message that the service refuses; the stream ends with this status."""
+    """A message that the service refuses; the stream ends with this status.
 
-    def __init__(self, code: grpc.StatusCode, details: str) -> None:
+    Args:
+        code: The status.
+        details: What was expected and received.
+        reason: As what it is counted; one of few. By default the status decides.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str, reason: str = "") -> None:
         if len(details) > _MOST_DETAILS:
             half = _MOST_DETAILS // 2
             details = f"{details[:half]} [...] {details[-half:]}"
@@ -24,32 +44,71 @@ class Refused(Exception):
         super().__init__(details)
         self.code = code
         self.details = details
+        self.reason = reason or _REASONS.get(code, code.name.lower())
 
 
 class Outbox:
     """A queue of encoded messages that one stream drains.
 
     It holds references only: an aggregated slice is one buffer for all receivers. The rounds'
-    window bounds how much can stand in it.
+    window bounds how many results can stand in it, and `most_bytes` everything else, for a worker
+    that does not read what it is sent.
 
     Args:
         shares: Whether the worker wants to share memory with the service.
+        most_bytes: How many bytes may stand in it besides results; a stream for which there is
+            more is refused.
 
     Attributes:
         opened: The service's segments that the worker can read; `None` if it shares none.
+        on_overflow: Called when there is more, if set. The stream may be stuck in a message that
+            is not read, and will not look for the refusal.
     """
 
-    def __init__(self, shares: bool = False) -> None:
+    def __init__(self, shares: bool = False, most_bytes: int = 2**62) -> None:
         self.opened: set[int] | None = set() if shares else None
+        self.on_overflow: Callable[[Refused], None] | None = None
+        self._most_bytes = most_bytes
+        # Each is written by one side only: the job, under its lock, and the stream.
+        self._put_bytes = 0
+        self._taken_bytes = 0
+        # What each message counts for, in the same order.
+        self._sizes: queue.SimpleQueue[int] = queue.SimpleQueue()
         # `None` says that nothing more comes.
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closed = False
         self._refusal: Refused | None = None
 
-    def put(self, message: bytes) -> None:
+    def put(self, message: bytes, is_result: bool = False) -> None:
         """Appends a message; does nothing once closed."""
-        if not self._closed:
+        if self._closed:
+            return
+        size = _MESSAGE_BYTES if is_result else len(message) + _MESSAGE_BYTES
+        self._put_bytes += size
+        if self._put_bytes - self._taken_bytes <= self._most_bytes:
+            self._sizes.put(size)
             self._messages.put(message)
+            return
+        refusal = Refused(
+            grpc.StatusCode.RESOURCE_EXHAUSTED,
+            "Expected the worker to read what it is sent. Received: "
+            f"{self._most_bytes} bytes that it has not read, as many as the service keeps for it "
+            "(--max_worker_bytes).",
+            "worker that does not read",
+        )
+        self.close(refusal)
+        # Nobody may ask for what is left.
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._messages.get_nowait()
+        self._messages.put(None)
+        if self.on_overflow is not None:
+            self.on_overflow(refusal)
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether nothing more can be put into it."""
+        return self._closed
 
     def close(self, refusal: Refused | None = None) -> None:
         """Ends the stream after what is queued, or at once with a status. May be called twice."""
@@ -73,6 +132,8 @@ class Outbox:
             if message is None:
                 return
             yield message
+            # gRPC has taken the message over when it asks for the next one.
+            self._taken_bytes += self._sizes.get_nowait()
 
 
 class Streams(dict[int, Outbox]):

@@ -27,6 +27,7 @@ class StateRelay:
         position: Returns the run that a worker is in or about to begin.
         givers: Returns the workers that have a state to give.
         on_event: Called with one line for the service's log.
+        most_bytes: How many bytes of variables are kept before all workers are there.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class StateRelay:
         position: Callable[[int], int],
         givers: Callable[[], Collection[int]],
         on_event: Callable[[str], None],
+        most_bytes: int = 2**62,
     ) -> None:
-        self._states = States(num_workers)
+        self._states = States(num_workers, most_bytes)
         self._streams = streams
         self._position = position
         self._givers = givers

@@ -6,6 +6,7 @@ very same code; `now` is an argument.
 
 from collections.abc import Iterable, Mapping
 
+from tf_syncdist.aggregation.agreement import SliceState, check_all_closed, check_spec
 from tf_syncdist.aggregation.records import (
     Closed,
     Fate,
@@ -21,19 +22,13 @@ from tf_syncdist.aggregation.records import (
 from tf_syncdist.cutoff import CutoffPolicy, SliceView
 from tf_syncdist.propagation.slices import ITEM_BYTES
 
-
-class _Slice:
-    __slots__ = ("closed", "contributors", "spec")
-
-    def __init__(self, spec: SliceSpec) -> None:
-        self.spec = spec
-        self.contributors: list[int] = []
-        self.closed = False
+# Also of rounds without many bytes no more are kept, for a worker that is that far behind.
+_MOST_RUNS_KEPT = 100_000
 
 
 class _Run:
     def __init__(self) -> None:
-        self.exchanges: dict[int, dict[int, _Slice]] = {}
+        self.exchanges: dict[int, dict[int, SliceState]] = {}
         self.arrivals: dict[int, float] = {}
         self.bytes = 0
 
@@ -238,7 +233,8 @@ class Rounds:
                     f"Expected run {run} to be over for a worker that did not compute it. "
                     f"Received: {fate.name} from worker {worker}, while {self._over} run(s) are."
                 )
-            self._check_all_closed(worker, run, exchanges)
+            known = self._runs[run].exchanges if run in self._runs else {}
+            check_all_closed(known, worker, run, exchanges)
             self._exchanges[run] = exchanges
             self._over = run + 1
             self._abstained = {r: w for r, w in self._abstained.items() if r > run}
@@ -346,7 +342,7 @@ class Rounds:
         ]
         for key, spec, contributors in closed:
             run_state = self._runs.setdefault(key.run, _Run())
-            state = run_state.exchanges.setdefault(key.exchange, {})[key.slice] = _Slice(spec)
+            state = run_state.exchanges.setdefault(key.exchange, {})[key.slice] = SliceState(spec)
             state.contributors, state.closed = list(contributors), True
             run_state.bytes += spec.elements * ITEM_BYTES[spec.dtype]
 
@@ -417,31 +413,18 @@ class Rounds:
                 f"those that it has finished. Received: run={run}."
             )
 
-    def _slice(self, worker: int, run: _Run, key: SliceKey, spec: SliceSpec) -> _Slice:
+    def _slice(self, worker: int, run: _Run, key: SliceKey, spec: SliceSpec) -> SliceState:
         slices = run.exchanges.setdefault(key.exchange, {})
         state = slices.get(key.slice)
         if state is None:
             other = next(iter(slices.values()), None)
             if other is not None:
                 agreed = other.spec._replace(dtype=spec.dtype, elements=spec.elements)
-                self._check_spec(worker, key, agreed, spec)
-            state = slices[key.slice] = _Slice(spec)
+                check_spec(worker, key, agreed, spec)
+            state = slices[key.slice] = SliceState(spec)
         else:
-            self._check_spec(worker, key, state.spec, spec)
+            check_spec(worker, key, state.spec, spec)
         return state
-
-    def _check_spec(self, worker: int, key: SliceKey, agreed: SliceSpec, spec: SliceSpec) -> None:
-        if agreed == spec:
-            return
-        what = "shape or dtype" if agreed.layout == spec.layout else "list of shapes and dtypes"
-        raise RoundError(
-            f"Expected every worker to send the same {what} for slice {key.slice} of exchange "
-            f"{key.exchange} in run {key.run}: {agreed.elements} x {agreed.dtype} in "
-            f"{agreed.num_slices} slice(s), layout {agreed.layout:016x}, as the first worker did. "
-            f"Received: {spec.elements} x {spec.dtype} in {spec.num_slices} slice(s), layout "
-            f"{spec.layout:016x}, from worker {worker}. "
-            "Build the same model and use the same optimizer on every worker."
-        )
 
     def _arrive(self, worker: int, number: int, now: float) -> None:
         run = self._runs.get(number)
@@ -455,7 +438,7 @@ class Rounds:
             counts.delay_sum += now - min(run.arrivals.values())
             counts.delays += 1
 
-    def _decide(self, key: SliceKey, run: _Run, state: _Slice, now: float) -> Closed | None:
+    def _decide(self, key: SliceKey, run: _Run, state: SliceState, now: float) -> Closed | None:
         view = SliceView(
             now=now,
             opened_at=min(run.arrivals.values(), default=now),
@@ -471,25 +454,6 @@ class Rounds:
         state.closed = True
         run.bytes += state.spec.elements * ITEM_BYTES[state.spec.dtype]
         return Closed(key, tuple(state.contributors), decision.reason)
-
-    def _check_all_closed(self, worker: int, run: int, exchanges: int) -> None:
-        known = self._runs[run].exchanges if run in self._runs else {}
-        # A shard without any slice of an exchange knows nothing about it.
-        for exchange in sorted(e for e in known if e < exchanges):
-            slices = known[exchange]
-            num_slices = next(iter(slices.values())).spec.num_slices
-            if len(slices) < num_slices or not all(s.closed for s in slices.values()):
-                raise RoundError(
-                    f"Expected all slices of exchange {exchange} in run {run} to be closed before "
-                    f"the run is finished. Received: exchanges={exchanges} from worker {worker}, "
-                    f"while {sum(s.closed for s in slices.values())} of {num_slices} are closed."
-                )
-        if max(known, default=-1) >= exchanges:
-            raise RoundError(
-                f"Expected {max(known) + 1} or more exchange(s) in run {run}, as a worker has "
-                f"contributed to. Received: exchanges={exchanges} from worker {worker}. "
-                "Every worker must run the same program."
-            )
 
     def _count(self, worker: int, run: int, fate: Fate) -> None:
         counts = self.counts[worker]
@@ -509,7 +473,8 @@ class Rounds:
         size = self.history_size
         while self._kept_from < self._over:
             run = self._kept_from
-            too_many = self._rounds_kept > self._history_rounds and size > self._history_bytes
+            many = size > self._history_bytes or self._over - run > _MOST_RUNS_KEPT
+            too_many = self._rounds_kept > self._history_rounds and many
             if run >= needed_from and not too_many:
                 break
             state = self._runs.pop(run, None)
@@ -520,5 +485,5 @@ class Rounds:
         return tuple(evicted)
 
 
-def _any_closed(slices: dict[int, _Slice]) -> bool:
+def _any_closed(slices: dict[int, SliceState]) -> bool:
     return any(s.closed for s in slices.values())

@@ -1,20 +1,44 @@
 """The gRPC server around a job."""
 
 import concurrent.futures
+import logging
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from tf_syncdist.aggregation.admission import MAX_WORKERS
 from tf_syncdist.aggregation.job import Job
-from tf_syncdist.aggregation.outbox import Outbox, Refused
-from tf_syncdist.cluster.addresses import is_loopback
+from tf_syncdist.aggregation.limits import (
+    DEFAULT_LIMITS,
+    Limits,
+    Waiting,
+    default_worker_bytes,
+)
+from tf_syncdist.aggregation.outbox import Refused
+from tf_syncdist.aggregation.streams import Streams, TrainStream
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
+from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
+from tf_syncdist.transport.guards import CallGuard, Refusals
 
-# Every stream holds one thread of the pool while it is open; the rest answers reports.
-_THREADS = MAX_WORKERS + 24
+# Every stream holds one thread of the pool while it is open; the rest answers reports and refuses.
+_SPARE_THREADS = 24
+
+_OPTIONS = (
+    *wire.CHANNEL_OPTIONS,
+    ("grpc.so_reuseport", 0),
+    # Connections on which nobody comes to say anything are closed: before TLS is agreed on, and
+    # without any call. A worker's stream is a call.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_connection_idle_ms", 60_000),
+)
+
+_METHODS = (wire.TRAIN, wire.REPORT, wire.BEAT)
+
+_log = logging.getLogger("tf_syncdist")
 
 _TICK_SECONDS = 0.2
 
@@ -25,12 +49,15 @@ class AggregatorServer:
     Args:
         host: Address to listen on. Loopback addresses are served as they are.
         port: Port to listen on; 0 picks a free one, which `.port` tells.
-        insecure: Allows an address beyond loopback, where anybody who can reach the port can
-            take part in the job. Set it only on a network that you trust.
+        credentials: TLS, the job's token, and whether an address beyond loopback may be served
+            without TLS. By default neither TLS nor a token, and loopback only.
         on_event: Called with one line for the service's log.
+        limits: What one worker may take of the service. Raise `worker_bytes` if a job is refused
+            for it that the machine has the memory for.
 
     Raises:
-        ValueError: If `host` is not loopback and `insecure` is not set.
+        CredentialsError: If the credentials cannot be used, or `host` is not loopback and there
+            is neither TLS nor `credentials.insecure`.
         OSError: If the port cannot be had.
 
     Example:
@@ -43,46 +70,37 @@ class AggregatorServer:
         self,
         host: str = "127.0.0.1",
         port: int = 0,
-        insecure: bool = False,
+        credentials: Credentials = NO_CREDENTIALS,
         on_event: Callable[[str], None] = lambda text: None,
+        limits: Limits = DEFAULT_LIMITS,
     ) -> None:
-        if not insecure and not is_loopback(host):
-            raise ValueError(
-                "Expected a loopback address, because without TLS anybody who reaches the port "
-                f"could take part in the job. Received: host={host!r}. Use 127.0.0.1, or give "
-                "--insecure (insecure=True) on a network that you trust."
-            )
-        self.job = Job(on_event=on_event)
+        limits = limits._replace(worker_bytes=limits.worker_bytes or default_worker_bytes())
+        self.job = Job(on_event=on_event, worker_bytes=limits.worker_bytes)
+        self._limits = limits
+        self._refusals = Refusals(on_event)
+        self._waiting = Waiting(limits)
+        self._streams = Streams()
         self._stopped = threading.Event()
+        threads = MAX_WORKERS + limits.waiting_streams + _SPARE_THREADS
         self._server = grpc.server(
-            concurrent.futures.ThreadPoolExecutor(_THREADS, "tf_syncdist_stream"),
-            options=(*wire.CHANNEL_OPTIONS, ("grpc.so_reuseport", 0)),
+            concurrent.futures.ThreadPoolExecutor(threads, "tf_syncdist_stream"),
+            interceptors=(CallGuard(credentials, _METHODS, self._refusals),),
+            options=_OPTIONS,
+            maximum_concurrent_rpcs=threads,
         )
         handlers = {
             "Train": grpc.stream_stream_rpc_method_handler(self._train),
             "Report": grpc.unary_unary_rpc_method_handler(
-                lambda request, context: self.job.report(),
-                pb.ReportRequest.FromString,
-                pb.ReportReply.SerializeToString,
+                self._report, response_serializer=pb.ReportReply.SerializeToString
             ),
             "Beat": grpc.unary_unary_rpc_method_handler(
-                lambda request, context: pb.BeatReply(
-                    next_seconds=self.job.beat(request.worker, request.incarnation)
-                ),
-                pb.BeatRequest.FromString,
-                pb.BeatReply.SerializeToString,
+                self._beat, response_serializer=pb.BeatReply.SerializeToString
             ),
         }
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(wire.SERVICE, handlers),)
         )
-        target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            self.port = self._server.add_insecure_port(target)
-        except RuntimeError:
-            self.port = 0
-        if not self.port:
-            raise OSError(f"Expected a free port. Received: {target}, which cannot be bound.")
+        self.port = credentials.add_port(self._server, host, port)
         self._server.start()
         self._ticker = threading.Thread(target=self._tick, name="tf_syncdist_tick", daemon=True)
         self._ticker.start()
@@ -92,6 +110,11 @@ class AggregatorServer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """How often a call, a stream or a message was refused, by the reason."""
+        return self._refusals.counts()
 
     def wait(self, timeout_seconds: float) -> bool:
         """Waits until every worker is gone and returns whether that happened in time."""
@@ -108,45 +131,36 @@ class AggregatorServer:
 
     def _tick(self) -> None:
         while not self._stopped.wait(_TICK_SECONDS):
-            self.job.tick()
+            try:
+                self.job.tick()
+                self._streams.tick()
+            except Exception:  # noqa: BLE001 - without this thread rounds would wait for ever
+                _log.exception("in the service's clock")
 
     def _train(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
-        try:
-            worker, outbox = self._join(requests)
-        except Refused as e:
-            context.abort(e.code, e.details)
-        reader = threading.Thread(
-            target=self._read,
-            args=(worker, outbox, requests),
-            name=f"tf_syncdist_reader_{worker}",
-            daemon=True,
+        stream = TrainStream(
+            self.job, requests, context, self._refusals, self._limits, self._waiting
         )
-        context.add_callback(lambda: self.job.lost(worker, "its connection broke", outbox))
-        reader.start()
-        try:
-            yield from outbox.drain()
-        except Refused as e:
-            context.abort(e.code, e.details)
+        return self._streams.serve(stream)
 
-    def _join(self, requests: Iterator[bytes]) -> tuple[int, Outbox]:
+    def _beat(self, request: bytes, context: grpc.ServicerContext) -> pb.BeatReply:
         try:
-            header, _ = wire.decode(pb.ToAggregator, next(requests))
-            if header.WhichOneof("body") != "hello":
-                raise wire.WireError("Expected Hello as the first message of a stream.")
-        except (wire.WireError, StopIteration) as e:
-            raise Refused(grpc.StatusCode.INVALID_ARGUMENT, str(e) or "Expected Hello.") from e
-        return header.hello.worker, self.job.join(header.hello)
+            beat = pb.BeatRequest.FromString(request)
+        except DecodeError:
+            self._refuse(context, f"Expected a BeatRequest. Received: {len(request)} other bytes.")
+        return pb.BeatReply(next_seconds=self.job.beat(beat.worker, beat.incarnation))
 
-    def _read(self, worker: int, outbox: Outbox, requests: Iterator[bytes]) -> None:
-        try:
-            for data in requests:
-                self.job.handle(worker, data, outbox)
-        except Refused as e:
-            outbox.close(e)
-            self.job.lost(worker, "it sent what the service refuses", outbox)
-        except Exception as e:  # noqa: BLE001 - gRPC raises a bare Exception when a stream breaks
-            outbox.close()
-            self.job.lost(worker, f"its connection broke: {type(e).__name__}", outbox)
-        else:
-            outbox.close()
-            self.job.lost(worker, "its connection was closed", outbox)
+    def _report(self, request: bytes, context: grpc.ServicerContext) -> pb.ReportReply:
+        if request:
+            self._refuse(
+                context,
+                f"Expected a ReportRequest, which is empty. Received: {len(request)} bytes.",
+            )
+        reply = self.job.report()
+        reply.refused.update(self.refused)
+        return reply
+
+    def _refuse(self, context: grpc.ServicerContext, details: str) -> NoReturn:
+        refused = Refused(grpc.StatusCode.INVALID_ARGUMENT, details)
+        self._refusals.add(refused.reason, refused.details)
+        context.abort(refused.code, refused.details)

@@ -7,6 +7,13 @@ from typing import NamedTuple
 from tf_syncdist.aggregation import manifests
 from tf_syncdist.aggregation.records import RoundError
 
+# A worker waits for the verdict on its variables, and for a state, before it goes on. A manifest
+# takes much more memory than a request.
+_MOST_STARTS = 4
+_MOST_REQUESTS = 16
+# What a piece takes besides its bytes.
+_CHUNK_BYTES = 128
+
 
 class Request(NamedTuple):
     """Who needs a state, and who was asked for it.
@@ -26,6 +33,7 @@ class _Start:
     def __init__(self) -> None:
         self.manifests: dict[int, list[manifests.Variable]] = {}
         self.chunks: list[bytes] = []
+        self.bytes = 0
         self.agreed = False
         self.given = False
         self.failed = False
@@ -36,10 +44,12 @@ class States:
 
     Args:
         num_workers: How many workers the job has.
+        most_bytes: How many bytes of worker 0's variables are kept until all workers are there.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, most_bytes: int = 2**62) -> None:
         self._num_workers = num_workers
+        self._most_bytes = most_bytes
         self._starts: dict[int, _Start] = {}
         self._requests: dict[int, Request] = {}
         self._ids = itertools.count(1)
@@ -77,6 +87,10 @@ class States:
             The verdict for everybody (`None` while workers are missing, an empty string if all
             agree, else an error) and the chunks of worker 0 that are to be sent to the others.
         """
+        if run not in self._starts:
+            starts = self._starts.items()
+            mine = [r for r, s in starts if not s.agreed and worker in s.manifests]
+            _check_waiting(worker, mine, _MOST_STARTS)
         self._starts.setdefault(run, _Start()).manifests[worker] = variables
         return self._verdict(run)
 
@@ -95,10 +109,20 @@ class States:
                 "Expected the variables before a run from worker 0. "
                 f"Received: worker={worker}, run={run}."
             )
+        if run not in self._starts:
+            given = [r for r, s in self._starts.items() if s.bytes]
+            _check_waiting(worker, given, _MOST_STARTS)
         start = self._starts.setdefault(run, _Start())
         start.given = start.given or last
         if not start.agreed:
             start.chunks.append(message)
+            start.bytes += len(message) + _CHUNK_BYTES
+            kept = sum(s.bytes for s in self._starts.values())
+            if kept > self._most_bytes:
+                raise RoundError(
+                    f"Expected at most {self._most_bytes} bytes of variables before all workers "
+                    f"are there. Received: {kept} bytes, the last before run {run}."
+                )
         return start.agreed
 
     def leave(self, worker: int, for_good: bool = True) -> list[tuple[int, str, list[bytes]]]:
@@ -128,7 +152,7 @@ class States:
         if start.agreed or not self._expected <= set(start.manifests) or 0 not in start.manifests:
             return None, []
         start.agreed = True
-        chunks, start.chunks = start.chunks, []
+        chunks, start.chunks, start.bytes = start.chunks, [], 0
         error = manifests.first_difference(start.manifests)
         start.failed = bool(error)
         if not error:
@@ -158,6 +182,8 @@ class States:
         Returns:
             The number of the request and the giver, or `None` if nobody can give a state.
         """
+        mine = [i for i, r in self._requests.items() if r.receiver == receiver]
+        _check_waiting(receiver, mine, _MOST_REQUESTS)
         at = position(receiver)
         able = [w for w in givers if w != receiver and position(w) >= at]
         further = [w for w in able if position(w) > at]
@@ -194,3 +220,12 @@ class States:
         gone = [r for r in self._requests.values() if worker in (r.receiver, r.giver)]
         self._requests = {i: r for i, r in self._requests.items() if r not in gone}
         return [r for r in gone if r.receiver != worker]
+
+
+def _check_waiting(worker: int, waiting: list[int], most: int) -> None:
+    if len(waiting) >= most:
+        raise RoundError(
+            f"Expected a worker to wait for at most {most} answers about variables at a time. "
+            f"Received: one question more from worker {worker}, which waits for those to "
+            f"{waiting}."
+        )

@@ -1,5 +1,7 @@
 """The end of a round from which every worker keeps its values back."""
 
+from collections.abc import Collection
+
 from tf_syncdist.aggregation.outbox import Streams
 from tf_syncdist.aggregation.rounds import Rounds
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
@@ -23,8 +25,12 @@ class Withheld:
         self._is_first = is_first
         self._asked: tuple[int, int] | None = None
 
-    def ask(self) -> None:
-        """Asks the lowest of the workers that have begun the open round, if that is needed."""
+    def ask(self, present: Collection[int]) -> None:
+        """Asks the lowest of the workers that have begun the open round, if that is needed.
+
+        Args:
+            present: The workers that take part.
+        """
         if not self._is_first:
             return
         run = self._rounds.runs_over
@@ -32,8 +38,7 @@ class Withheld:
             # Who has been asked may keep values back again in another exchange of the run.
             self._asked = None
             return
-        begun = (w for w in self._rounds.awaited if self._rounds.begun(w) > run)
-        worker = min(begun, default=None)
+        worker = min((w for w in present if self._rounds.begun(w) > run), default=None)
         if worker is None or worker not in self._streams or self._asked == (run, worker):
             return
         self._asked = (run, worker)

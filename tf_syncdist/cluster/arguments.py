@@ -84,7 +84,11 @@ def report_usage_error(message: object) -> None:
 
 
 def check_arguments(
-    command: Sequence[str], num_workers: int, num_ps: int, grace_seconds: float
+    command: Sequence[str],
+    num_workers: int,
+    num_ps: int,
+    grace_seconds: float,
+    max_restarts: int = 0,
 ) -> None:
     """Checks what a job is to be started with.
 
@@ -93,6 +97,7 @@ def check_arguments(
         num_workers: How many workers.
         num_ps: How many aggregation services.
         grace_seconds: How long a task that was asked to end may take.
+        max_restarts: How often a failed task is started again.
 
     Raises:
         LaunchError: If no job can be started with that.
@@ -111,6 +116,11 @@ def check_arguments(
         raise LaunchError(
             "Expected a finite number of seconds that is not negative. "
             f"Received: grace_seconds={grace_seconds}. Use 0 to give tasks no time to end."
+        )
+    if max_restarts < 0:
+        raise LaunchError(
+            "Expected how often a failed task is started again, 0 or more. "
+            f"Received: max_restarts={max_restarts}. Leave --max_restarts out for never."
         )
     if not command:
         raise LaunchError(

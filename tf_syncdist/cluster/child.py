@@ -6,6 +6,7 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import NoReturn
 
 from tf_syncdist.cluster.addresses import is_loopback
@@ -16,49 +17,73 @@ from tf_syncdist.errors import AggregatorUnreachableError, ClusterConfigError
 _ANY = "0.0.0.0"
 
 
-def command(address: str, insecure: bool) -> list[str]:
+def command(address: str, insecure: bool, tls: bool = False) -> list[str]:
     """Returns the command that serves at an address of the cluster.
 
     Args:
         address: "host:port" as the cluster names it.
         insecure: Whether an address beyond loopback may be served without TLS.
+        tls: Whether it is served with TLS, as the environment says.
 
     Raises:
-        ClusterConfigError: If the address is beyond loopback and `insecure` is not set.
+        ClusterConfigError: If the address is beyond loopback and neither TLS nor `insecure` is
+            set.
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     args = [sys.executable, "-m", "tf_syncdist.aggregator", f"--port={port}"]
     if is_loopback(host):
         return [*args, f"--host={'127.0.0.1' if host == 'localhost' else host}"]
+    # A cluster's name for a machine (a Kubernetes service, say) need not be an interface of it.
+    args.append(f"--host={_ANY}")
+    if tls:
+        return args
     if not insecure:
         raise ClusterConfigError(
             "Expected the aggregation service at a loopback address, because without TLS anybody "
-            f"who reaches the port could take part in the job. Received: {address!r}. Pass "
+            f"who reaches the port could take part in the job. Received: {address!r}. Give "
+            "certificates (`tls_cert`, `tls_key` and `tls_ca`; see docs/security.md), or pass "
             "`insecure=True` on a network that you trust."
         )
-    # A cluster's name for a machine (a Kubernetes service, say) need not be an interface of it.
-    return [*args, f"--host={_ANY}", "--insecure"]
+    return [*args, "--insecure"]
 
 
-def environment() -> dict[str, str]:
-    """Returns the environment in which `python -m tf_syncdist...` finds this very package."""
-    env = dict(os.environ)
+def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Returns the environment in which `python -m tf_syncdist...` finds this very package.
+
+    Args:
+        variables: Added to that of this process: its credentials, which must not stand on a
+            command line, where every user of the machine can read them.
+    """
+    env = {**os.environ, **(variables or {})}
     root = str(pathlib.Path(__file__).resolve().parents[2])
     paths = [root, *env.get("PYTHONPATH", "").split(os.pathsep)]
     env["PYTHONPATH"] = os.pathsep.join(p for p in dict.fromkeys(paths) if p)
     return with_huge_pages(env)
 
 
-def become_aggregator(role: ClusterRole, insecure: bool) -> NoReturn:
-    """Replaces this process, with TensorFlow and all, by the service. Does not return."""
+def become_aggregator(
+    role: ClusterRole,
+    insecure: bool,
+    *,
+    tls: bool = False,
+    variables: Mapping[str, str] | None = None,
+) -> NoReturn:
+    """Replaces this process, with TensorFlow and all, by the service. Does not return.
+
+    Args:
+        role: The role of this process.
+        insecure: See `command`.
+        tls: See `command`.
+        variables: See `environment`.
+    """
     if role.num_workers == 1:
         print("tf_syncdist: a single worker needs no aggregation service", flush=True)
         sys.exit(0)
-    args = command(role.address, insecure)
+    args = command(role.address, insecure, tls)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(args[0], args, environment())
+    os.execve(args[0], args, environment(variables))
 
 
 class ChildAggregator:
@@ -68,19 +93,29 @@ class ChildAggregator:
         address: "host:port" to serve at.
         insecure: See `command`.
         timeout_seconds: How long to wait until it serves.
+        tls: See `command`.
+        variables: See `environment`.
 
     Raises:
         AggregatorUnreachableError: If it does not serve in time.
     """
 
-    def __init__(self, address: str, insecure: bool, timeout_seconds: float = 30.0) -> None:
-        args = command(address, insecure)
+    def __init__(
+        self,
+        address: str,
+        insecure: bool,
+        timeout_seconds: float = 30.0,
+        *,
+        tls: bool = False,
+        variables: Mapping[str, str] | None = None,
+    ) -> None:
+        args = command(address, insecure, tls)
         # The pipe's end of file tells the child that its parent is gone, even by SIGKILL.
         read_end, self._lifeline = os.pipe()
         try:
             self._process = subprocess.Popen(
                 [*args, f"--parent_fd={read_end}", "--quiet"],
-                env=environment(),
+                env=environment(variables),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 pass_fds=[read_end],
@@ -88,13 +123,17 @@ class ChildAggregator:
             )
         finally:
             os.close(read_end)
-        line = self._first_line(time.monotonic() + timeout_seconds)
+        try:
+            line = self._first_line(time.monotonic() + timeout_seconds)
+        except BaseException:
+            self.close()
+            raise
         if b"listening" not in line:
             self.close()
             raise AggregatorUnreachableError(
                 f"Expected the aggregation service to start at {address} within "
                 f"{timeout_seconds:g} s. Received: exit code {self._process.returncode}. Is the "
-                "port in use, or left over from another job?"
+                "port in use, or left over from another job? It has said why above."
             )
 
     def ended(self) -> int | None:

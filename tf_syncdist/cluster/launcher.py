@@ -15,6 +15,7 @@ from tf_syncdist.cluster.escalation import Escalation
 from tf_syncdist.cluster.guard import OrphanGuard
 from tf_syncdist.cluster.ports import ReservedPort, reserve_ports
 from tf_syncdist.cluster.relay import Relay
+from tf_syncdist.cluster.restarts import Restarts
 from tf_syncdist.cluster.task import Task, signal_name
 
 _POLL_SECONDS = 0.02
@@ -29,6 +30,7 @@ def launch(
     *,
     grace_seconds: float = 5.0,
     stop_on_failure: bool = False,
+    max_restarts: int = 0,
     filter_tf_startup: bool = True,
 ) -> int:
     """Runs a job on this machine and waits for its end.
@@ -42,24 +44,26 @@ def launch(
         grace_seconds: How long a task that was asked to end may take before it is asked more
             firmly. Raise it if workers need longer than that to save a checkpoint.
         stop_on_failure: Whether to stop all tasks when one has failed.
+        max_restarts: How often each task that has failed is started again. Then it is a failure.
         filter_tf_startup: Whether to drop TensorFlow's C++ start-up chatter.
 
     Returns:
-        The exit status for the launcher: 0 if all tasks succeeded, that of the task that failed
-        first, or 128 plus the signal that stopped the job.
+        The exit status for the launcher: 0 if all tasks succeeded in the end, that of the task that
+        failed first, or 128 plus the signal that stopped the job.
 
     Raises:
         LaunchError: If no job can be started with these arguments.
         OSError: If there are no free ports, or no room for another process.
     """
-    check_arguments(command, num_workers, num_ps, grace_seconds)
+    check_arguments(command, num_workers, num_ps, grace_seconds, max_restarts)
     env, warning = shared_environment(os.environ)
     with reserve_ports(num_workers + num_ps) as ports:
         tasks = _make_tasks(command, env, ports[:num_workers], ports[num_workers:])
         with Relay(filter_tf_startup) as relay, OrphanGuard() as guard:
             if warning:
                 relay.say(f"warning: {warning}")
-            return Job(tasks, relay, guard, grace_seconds, stop_on_failure).run()
+            restarts = Restarts(max_restarts)
+            return Job(tasks, relay, guard, grace_seconds, stop_on_failure, restarts).run()
 
 
 def _make_tasks(
@@ -100,6 +104,7 @@ class Job:
         guard: What kills them if this process is gone.
         grace_seconds: As for `launch`.
         stop_on_failure: As for `launch`.
+        restarts: Decides which failed tasks are started again; by default none.
         clock: Returns a time in seconds.
     """
 
@@ -110,6 +115,7 @@ class Job:
         guard: OrphanGuard,
         grace_seconds: float,
         stop_on_failure: bool,
+        restarts: Restarts | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._tasks = list(tasks)
@@ -117,6 +123,7 @@ class Job:
         self._guard = guard
         self._grace_seconds = grace_seconds
         self._stop_on_failure = stop_on_failure
+        self._restarts = restarts or Restarts(0)
         self._clock = clock
         self._sleep = threading.Event().wait
         self._received: list[int] = []
@@ -138,8 +145,8 @@ class Job:
         with self._collect_signals():
             try:
                 for task in self._tasks:
-                    task.start(self._guard, self._relay)
-                while any(task.running for task in self._tasks):
+                    self._start(task)
+                while self._restarts.waiting or any(task.running for task in self._tasks):
                     self._step()
                     self._sleep(_POLL_SECONDS)
             finally:
@@ -155,28 +162,55 @@ class Job:
             if task.poll(self._guard, self._relay):
                 self._task_ended(task)
         now = self._clock()
+        for task in self._restarts.start_due(now, self._start):
+            self._restart_services(task)
         for escalation in (self._stop, self._ps_stop):
             if escalation is not None and escalation.due(now):
                 self._say(escalation.advance(now))
 
     def _task_ended(self, task: Task) -> None:
-        """Decides what follows from the end of a task; the place to start it again from."""
+        """Decides what follows from the end of a task."""
         if task.failed:
-            self._say(task.describe_end())
+            goes_on = self._stop is None and (task.task_type == "worker" or self._has_workers)
+            plan = self._restarts.plan(task, self._clock()) if goes_on else ""
+            self._say("; ".join(filter(None, (task.describe_end(), plan))))
+            if plan:
+                return
             self._first_failed = self._first_failed or task
             if self._stop_on_failure and self._stop is None:
                 self._stop = Escalation(
                     self._tasks, (signal.SIGTERM, signal.SIGKILL), self._grace_seconds, 0.0
                 )
-        if self._ps_stop is None and not any(
-            other.running for other in self._tasks if other.task_type == "worker"
-        ):
+                self._restarts.cancel()
+        if self._ps_stop is None and not self._has_workers:
             self._ps_stop = Escalation(
                 [other for other in self._tasks if other.task_type == "ps"],
                 (signal.SIGTERM, signal.SIGKILL),
                 self._grace_seconds,
                 self._clock() + self._grace_seconds,
             )
+
+    @property
+    def _has_workers(self) -> bool:
+        """Whether a worker runs or is going to be started again."""
+        return any(
+            task.running or task in self._restarts.waiting
+            for task in self._tasks
+            if task.task_type == "worker"
+        )
+
+    def _start(self, task: Task) -> None:
+        task.start(self._guard, self._relay)
+
+    def _restart_services(self, task: Task) -> None:
+        """Starts services again that ended in order, because all workers seemed to be gone."""
+        others = [other for other in self._tasks if other.task_type == "worker"]
+        if task.task_type != "worker" or any(other.returncode == 0 for other in others):
+            return
+        for service in self._tasks:
+            if service.task_type == "ps" and service.returncode == 0:
+                self._say(f"starting {service.name} again for {task.name}")
+                self._start(service)
 
     def _take_signals(self) -> None:
         if self._relay.finished:
@@ -195,6 +229,7 @@ class Job:
 
     def _stop_all(self, reason: int, first: int) -> None:
         self._stopped_by = reason
+        self._restarts.cancel()
         self._stop = Escalation(
             self._tasks, (first, signal.SIGTERM, signal.SIGKILL), self._grace_seconds, 0.0
         )

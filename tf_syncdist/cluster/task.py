@@ -12,6 +12,9 @@ from tf_syncdist.cluster.relay import Relay
 
 _REAP_SECONDS = 5.0
 
+RESTARTS_VARIABLE = "TF_SYNCDIST_RESTARTS"
+"""Environment variable that tells a task how often it has been started again."""
+
 
 class Task:
     """A process of a job, together with what it has started itself.
@@ -42,6 +45,8 @@ class Task:
         """Exit code, or minus the signal that killed it; None before its end."""
         self.signalled = False
         """Whether the launcher has sent it a signal, so that its end is no failure."""
+        self.restarts = 0
+        """How often it has been started again."""
         self._command = list(command)
         self._env = dict(env)
         self._port = port
@@ -75,7 +80,7 @@ class Task:
         return f"{self.name} was killed by {signal_name(-code)}"
 
     def start(self, guard: OrphanGuard, relay: Relay) -> None:
-        """Starts the process.
+        """Starts the process, or starts it again after its end.
 
         Args:
             guard: What kills it if the launcher is gone.
@@ -88,7 +93,8 @@ class Task:
         out, err = relay.open(self.name)
         try:
             self._port.release()
-            self._process = guard.start(self._command, self._env, out, err)
+            env = {**self._env, RESTARTS_VARIABLE: str(self.restarts)}
+            self._process = guard.start(self._command, env, out, err)
         finally:
             os.close(out)
             os.close(err)

@@ -1,6 +1,8 @@
 """The report of a job: for every worker, how often it was in time."""
 
 import statistics
+import types
+from collections.abc import Mapping
 from typing import NamedTuple
 
 
@@ -35,10 +37,13 @@ class Report(NamedTuple):
     Args:
         rounds: Rounds that are over.
         workers: One entry per worker, in order.
+        refused: How often the first process of the service has refused a call, a stream or a
+            message, by the reason in words.
     """
 
     rounds: int
     workers: tuple[WorkerReport, ...]
+    refused: Mapping[str, int] = types.MappingProxyType({})
 
     def __str__(self) -> str:
         if not self.workers:
@@ -64,4 +69,7 @@ class Report(NamedTuple):
             where = "behind" if behind > 0 else "ahead of"
             delay = "at" if abs(behind) < 0.5 else f"{abs(behind):.0f} ms {where}"
             lines.append(f"{line}, {delay} the median")
+        if self.refused:
+            reasons = ", ".join(f"{n} x {reason}" for reason, n in sorted(self.refused.items()))
+            lines.append(f"the service refused {sum(self.refused.values())} times: {reasons}")
         return "\n".join(lines)

@@ -17,6 +17,8 @@ from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies import adapter, variables
 from tf_syncdist.transport.session import Gathered, Session
 
+_NO_EPOCH = -1
+
 
 class Fingerprinted(Protocol):
     """What workers must hold alike."""
@@ -88,8 +90,27 @@ class EpochExchange:
         """Compares with worker 0, where a fit begins that trains what was trained before."""
         mine = self._state.fingerprints(set(self._statistics))
         if mine:
-            found = self._session.gather(pb.START, fit, self._runs()[0], hashes=_named(mine))
+            found = self._session.gather(
+                pb.START, 2 * fit + 1, self._runs()[0], hashes=_named(mine)
+            )
             self._compare(mine, found)
+
+    def epoch_of_chief(self, fit: int, epoch: int | None) -> int | None:
+        """Returns the epoch with which worker 0 begins a fit, before `begin_fit`.
+
+        Args:
+            fit: Which fit; all workers have to ask.
+            epoch: The epoch, if this is worker 0; `None` if it cannot begin.
+
+        Returns:
+            What worker 0 has said, or 0 if it has left the job.
+        """
+        is_chief = self._session.config.worker == 0
+        mine = (_NO_EPOCH if epoch is None else epoch) if is_chief else 0
+        found = self._session.gather(
+            pb.START, 2 * fit, self._runs()[0], values=np.array([mine], np.float64)
+        )
+        return None if found.values[0] == _NO_EPOCH else int(found.values[0])
 
     def forget_sums(self) -> None:
         """A training run or an evaluation begins: metrics are this worker's own again."""

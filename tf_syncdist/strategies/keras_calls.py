@@ -210,8 +210,8 @@ def fitting(
         yield
     finally:
         del _fits[model]
-        # A program may ask after the fit; all workers have stopped alike.
-        vars(model)["stop_training"] = stopping.stopped
+    # A program may ask after the fit; all workers have stopped alike. After an error nobody knows.
+    vars(model)["stop_training"] = stopping.stopped
 
 
 class _StopTraining:

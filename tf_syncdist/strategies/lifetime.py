@@ -4,9 +4,10 @@ import atexit
 import logging
 import signal
 import sys
+import threading
 
 from tf_syncdist.cluster.child import ChildAggregator
-from tf_syncdist.cluster.interrupts import InterruptWatcher
+from tf_syncdist.cluster.interrupts import InterruptWatcher, exit_now
 from tf_syncdist.cluster.roles import ClusterRole
 from tf_syncdist.cluster.supervision import SupervisedAggregator
 from tf_syncdist.errors import SyncDistError
@@ -27,13 +28,20 @@ def say(text: str) -> None:
     print(f"tf_syncdist: {text}", file=sys.stderr, flush=True)
 
 
+class Interrupted(SyncDistError, StopIteration):
+    """A wait was ended because the program is to end.
+
+    TensorFlow writes no warning with a traceback for a StopIteration out of its graph. Nobody is
+    to see this error: the main thread raises the signal's own exception in its place.
+    """
+
+
 class Membership:
     """Connects a worker to its job, starting the service where that is this worker's duty.
 
     Args:
         role: What this process is.
         config: What it tells the service.
-        insecure: Whether the service may listen beyond loopback without TLS.
         print_report: Whether worker 0 prints the job's report at the end.
     """
 
@@ -41,29 +49,43 @@ class Membership:
         self,
         role: ClusterRole,
         config: SessionConfig,
-        insecure: bool,
         print_report: bool,
     ) -> None:
         self.role = role
+        self._config = config
         self.failed = False
-        self.interrupted: signal.Signals | None = None
         self._print_report = print_report and role.task_index == 0
         self._controller: RunController | None = None
         self._closed = False
         self._child: SupervisedAggregator | None = None
-        if not role.aggregators and role.task_index == 0:
-            self._child = SupervisedAggregator(
-                lambda: ChildAggregator(role.address, insecure, config.connect_timeout_seconds), say
-            )
+        self._goodbye = threading.Lock()
+        self._interrupts = InterruptWatcher(self._interrupted)
         try:
+            if not role.aggregators and role.task_index == 0:
+                self._child = SupervisedAggregator(self._start_child, say)
             # What the service has to tell concerns everybody; one worker prints it.
             self.session = Session(config, say if role.task_index == 0 else _log.info)
         except BaseException:
             if self._child is not None:
                 self._child.close()
+            self._interrupts.close()
             raise
-        self._interrupts = InterruptWatcher(self._interrupted)
-        atexit.register(self.close)
+        atexit.register(self._close_at_exit)
+
+    def _start_child(self) -> ChildAggregator:
+        credentials = self._config.credentials
+        return ChildAggregator(
+            self.role.address,
+            credentials.insecure,
+            self._config.connect_timeout_seconds,
+            tls=credentials.uses_tls,
+            variables=credentials.variables(),
+        )
+
+    @property
+    def interrupted(self) -> signal.Signals | None:
+        """The signal that is to end this program, if one has come."""
+        return self._interrupts.received
 
     @property
     def is_closed(self) -> bool:
@@ -75,8 +97,20 @@ class Membership:
         self._controller = controller
 
     def _interrupted(self, number: signal.Signals) -> None:
-        self.interrupted = number
-        self.session.cancel(SyncDistError(f"The training step was interrupted by {number.name}."))
+        session: Session | None = getattr(self, "session", None)
+        if session is None:
+            # The main thread is still connecting, where it can be interrupted.
+            return
+        if number == signal.SIGTERM:
+            # A warning, most often: the machine is needed for something else.
+            self._say_goodbye(pb.PREEMPTED)
+        session.cancel(Interrupted(f"The training step was interrupted by {number.name}."))
+
+    def _say_goodbye(self, reason: int) -> None:
+        """Says goodbye, once."""
+        if self._goodbye.acquire(blocking=False):
+            run = self._controller.run if self._controller is not None else 0
+            self.session.goodbye(reason, run)
 
     def report(self) -> Report:
         """Returns the counts of the job so far."""
@@ -96,6 +130,7 @@ class Membership:
                 )
                 for w in reply.workers
             ),
+            dict(reply.refused),
         )
 
     def close(self) -> None:
@@ -103,13 +138,15 @@ class Membership:
         if self._closed:
             return
         self._closed = True
-        atexit.unregister(self.close)
+        atexit.unregister(self._close_at_exit)
         try:
             controller = self._controller
             failed = self.failed or controller is None or controller.error is not None
             failed = failed or getattr(sys, "last_value", None) is not None
             run = controller.run if controller is not None else 0
-            self.session.goodbye(pb.FAILED if failed else pb.FINISHED, run)
+            preempted = self.interrupted is signal.SIGTERM
+            failed = failed or preempted
+            self._say_goodbye(pb.PREEMPTED if preempted else pb.FAILED if failed else pb.FINISHED)
             if not failed:
                 seconds = _STAY_SECONDS
                 if self._child is not None:
@@ -126,3 +163,10 @@ class Membership:
             self.session.close()
             if self._child is not None:
                 self._child.close()
+
+    def _close_at_exit(self) -> None:
+        try:
+            self.close()
+        except (KeyboardInterrupt, SystemExit):
+            # Python would print what is raised here, and end with the status it had before.
+            exit_now(self.interrupted or signal.SIGINT)

@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync
 from tf_syncdist.strategies.nonfinite import POLICIES
+from tf_syncdist.transport.credentials import Credentials
 
 COMPRESSIONS = {None: None, "float16": tf.float16, "bfloat16": tf.bfloat16}
 TRANSPORTS = ("auto", "grpc", "shared_memory")
@@ -96,3 +97,22 @@ def check_faults(min_workers: int, detection_seconds: float, num_workers: int) -
             "`detection_seconds` must be from 0.1 to 3600. "
             f"Received: detection_seconds={detection_seconds}."
         )
+
+
+def credentials(
+    tls_cert: str | None,
+    tls_key: str | None,
+    tls_ca: str | None,
+    token: str | None,
+    insecure: bool,
+) -> Credentials:
+    """Returns what is given, or else what the environment says; see `SyncReplicasStrategy`.
+
+    Raises:
+        CredentialsError: If a file cannot be used.
+    """
+    found = Credentials.from_environment(
+        tls_cert=tls_cert, tls_key=tls_key, tls_ca=tls_ca, token=token, insecure=insecure
+    )
+    found.check()
+    return found

@@ -13,7 +13,9 @@ import tensorflow as tf
 
 from tf_syncdist.cluster import roles
 from tf_syncdist.cluster.child import become_aggregator
+from tf_syncdist.cluster.interrupts import exit_status
 from tf_syncdist.cutoff import CutoffPolicy, serialize
+from tf_syncdist.errors import SyncDistError
 from tf_syncdist.observability.reports import Report
 from tf_syncdist.strategies import adapter, inputs, keras_calls, options
 from tf_syncdist.strategies.controller import LocalReport, RunController
@@ -26,6 +28,7 @@ from tf_syncdist.strategies.sources import Source
 from tf_syncdist.strategies.state import CommonState, optimizer_variables
 from tf_syncdist.strategies.stopping import Stopping
 from tf_syncdist.strategies.variables import VariableRegistry
+from tf_syncdist.transport.credentials import NO_CREDENTIALS
 from tf_syncdist.transport.session import SessionConfig
 
 
@@ -49,8 +52,18 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             addresses come from TF_CONFIG; without it there is one worker and no service. A `ps`
             task serves until the job ends: this call does not return there.
         cutoff: A policy of `tf_syncdist.cutoff`, in place of `backup_workers`.
-        insecure: Whether the service may listen beyond loopback without TLS, on a network that
-            you trust. Default: `False`.
+        insecure: Whether the service may listen beyond loopback without TLS, and the token travel
+            there in plain text, on a network that you trust. Default: `False`.
+        tls_cert: Path of this task's certificate as PEM. With `tls_key` and `tls_ca` everything
+            between tasks is encrypted, and every task has to show a certificate that the CA has
+            signed; see docs/security.md. Default: the environment variable TF_SYNCDIST_TLS_CERT;
+            an empty string stands for none.
+        tls_key: Path of its private key as PEM, without a password. Default:
+            TF_SYNCDIST_TLS_KEY.
+        tls_ca: Path of the CA's certificate as PEM. The service's certificate must be for the
+            host name by which the cluster names it. Default: TF_SYNCDIST_TLS_CA.
+        token: A secret that is the same on all tasks of a job; the service refuses every call
+            without it. Default: TF_SYNCDIST_TOKEN, otherwise none.
         bucket_bytes: Small tensors share a message until it has this many bytes, larger ones are
             cut; a bucket leaves as soon as backpropagation has yielded it. By default a twelfth
             of all gradients, 4 to 16 MiB, less with more workers. A smaller one lets more of the
@@ -92,6 +105,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
 
     Raises:
         ValueError: If the arguments contradict each other or the cluster.
+        CredentialsError: If a certificate, key or token cannot be used or would be exposed.
         AggregatorUnreachableError: If the service does not answer in time.
 
     Example:
@@ -116,6 +130,10 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         *,
         cutoff: CutoffPolicy | None = None,
         insecure: bool = False,
+        tls_cert: str | None = None,
+        tls_key: str | None = None,
+        tls_ca: str | None = None,
+        token: str | None = None,
         bucket_bytes: int | None = None,
         transport: str = "auto",
         compression: str | None = None,
@@ -139,8 +157,13 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         self._role = role
         self._cluster_resolver_given = cluster_resolver
         self._member: Membership | None = None
+        credentials = NO_CREDENTIALS
+        if role.num_workers > 1:
+            credentials = options.credentials(tls_cert, tls_key, tls_ca, token, insecure)
         if role.is_aggregator:
-            become_aggregator(role, insecure)
+            become_aggregator(
+                role, insecure, tls=credentials.uses_tls, variables=credentials.variables()
+            )
         devices = adapter.local_devices()
         if role.num_workers > 1:
             config = SessionConfig(
@@ -157,8 +180,9 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
                 address=role.address,
                 min_workers=min_workers,
                 detection_seconds=detection_seconds,
+                credentials=credentials,
             )
-            self._member = Membership(role, config, insecure, print_report)
+            self._member = Membership(role, config, print_report)
         self._registry = VariableRegistry()
         self._runs = Runs(
             self,
@@ -440,6 +464,11 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
 
     # Keras.
 
+    def _epoch_of_chief(self, epoch: int | None) -> int | None:
+        if self._member is None:
+            return epoch
+        return self._epochs.epoch_of_chief(self._stopping.fit, epoch)
+
     def _is_local(self) -> bool:
         call = keras_calls.current()
         return call is not None and not call.trains
@@ -447,6 +476,7 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
     @contextlib.contextmanager
     def _keras_call(self, method: str, model: Any, arguments: dict[str, Any]) -> Iterator[None]:
         quiet = self._member is not None and not self.is_chief
+        before = self._member is not None and self._member.interrupted
         with contextlib.ExitStack() as stack:
             call = stack.enter_context(keras_calls.calling(method, model, arguments, quiet))
             if self._member is None:
@@ -460,9 +490,12 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
                 yield
             except BaseException as e:
                 self._member.failed = call.trains
-                if self._member.interrupted is signal.SIGINT:
-                    # TensorFlow's error for the step that was cut short hides the interrupt.
-                    raise KeyboardInterrupt from None
+                interrupted = None if before else self._member.interrupted
+                if interrupted is not None and isinstance(e, Exception):
+                    # An error for the step that was cut short hides the interrupt.
+                    if interrupted is signal.SIGINT:
+                        raise KeyboardInterrupt from None
+                    raise SystemExit(exit_status(interrupted)) from None
                 cause = self._controller.error
                 if cause is not None and isinstance(e, tf.errors.OpError):
                     raise cause from None
@@ -473,6 +506,12 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         self, call: keras_calls.KerasCall, arguments: dict[str, Any], stack: contextlib.ExitStack
     ) -> None:
         _check_model(call.model)
+        if self._member.interrupted is not None:
+            raise SyncDistError(
+                "Expected a worker that takes part in the job. Received: one that was interrupted "
+                f"by {self._member.interrupted.name}, so it takes part no more. Start the program "
+                "again to train on; evaluate, predict and save still work."
+            )
         # TensorFlow's own errors for a mixture say nothing of the scope.
         for variable in (
             *getattr(call.model.optimizer, "variables", ()),

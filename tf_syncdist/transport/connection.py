@@ -9,6 +9,7 @@ import grpc
 from tf_syncdist.errors import AggregatorUnreachableError, ServiceError
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
+from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials, last_error
 
 # What is sent: a message, or what makes it when it is its turn; `None` sends nothing.
 Outgoing = bytes | Callable[[], bytes | None]
@@ -27,9 +28,11 @@ class Connection:
         on_error: Called once, on that thread, if the stream ends otherwise than by `close`; with
             the connection, what happened, and gRPC's code if it is an error of gRPC's.
         timeout_seconds: How long to wait for the service.
+        credentials: What is shown to the service, and demanded of it.
 
     Raises:
         AggregatorUnreachableError: If nothing answers in time.
+        CredentialsError: If the credentials cannot be used.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class Connection:
         on_message: OnMessage,
         on_error: Callable[["Connection", ServiceError, grpc.StatusCode | None], None],
         timeout_seconds: float = 30.0,
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         self.address = address
         self._on_message = on_message
@@ -45,17 +49,22 @@ class Connection:
         self._closed = False
         self._outgoing: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
         self._reader: threading.Thread | None = None
-        self._channel = grpc.insecure_channel(address, options=wire.CHANNEL_OPTIONS)
+        self._channel = credentials.channel(address)
         try:
             grpc.channel_ready_future(self._channel).result(timeout_seconds)
         except grpc.FutureTimeoutError:
+            why = last_error(self._channel) or "no answer"
             self._channel.close()
             raise AggregatorUnreachableError(
                 f"Expected an aggregation service at {address} within {timeout_seconds:g} s. "
-                "Received: no answer. Check that the `ps` task (or worker 0, where the cluster has "
-                "no `ps`) runs, that TF_CONFIG names this address on every task, and that no "
-                "firewall stands between."
+                f"Received: {why}. Check that the `ps` task (or worker 0, where the cluster has "
+                "no `ps`) runs, that TF_CONFIG names this address on every task, that no "
+                "firewall stands between, and that all tasks are given the same TLS options."
             ) from None
+        except BaseException:
+            # Ctrl-C or SIGTERM, in a program that may go on.
+            self._channel.close()
+            raise
 
     def start(self, first: Outgoing) -> None:
         """Opens the stream with its first message."""

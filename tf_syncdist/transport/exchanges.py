@@ -204,7 +204,8 @@ class Exchanging(Link):
 
         def there() -> bool:
             slices = self._results.get(key, {})
-            if run in self._gone or any((p.shard, p.index) in slices for p in left) or is_asked():
+            come = any((p.shard, p.index) in slices for p in left)
+            if come or run in self._gone or is_asked():
                 return True
             return known() is not None and exchange >= known()
 
@@ -263,7 +264,7 @@ class Exchanging(Link):
             self._done[run] = (exchanges, fate, nonfinite)
             self._done.pop(run - _MOST_DONE, None)
             self._forget(run + 1)
-            self._send_all(_run_finished(run, *self._done[run]))
+            self._send_all(_run_finished(run, exchanges, fate, nonfinite))
 
     def resume(self, run: int, missed: int) -> None:
         """Goes on from a later run: this worker has taken over another's state.

@@ -8,6 +8,7 @@ import grpc
 
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
+from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
 
 # A shard may be busy for longer than a worker may be silent, and nobody waits for it meanwhile.
 _LEAST_PATIENCE_SECONDS = 5.0
@@ -25,6 +26,7 @@ class Heartbeat:
         incarnation: This life of it.
         detection_seconds: How long to wait for an answer.
         on_silence: Called when the shard has not answered for long, again and again.
+        credentials: What is shown to the shard, and demanded of it.
     """
 
     def __init__(
@@ -34,12 +36,13 @@ class Heartbeat:
         incarnation: int,
         detection_seconds: float,
         on_silence: Callable[[], None],
+        credentials: Credentials = NO_CREDENTIALS,
     ) -> None:
         self._request = pb.BeatRequest(worker=worker, incarnation=incarnation)
         self._timeout = max(detection_seconds, 1.0)
         self._patience = max(3 * detection_seconds, _LEAST_PATIENCE_SECONDS)
         self._on_silence = on_silence
-        self._channel = grpc.insecure_channel(address, wire.CHANNEL_OPTIONS)
+        self._channel = credentials.channel(address)
         self._call = self._channel.unary_unary(
             wire.BEAT, pb.BeatRequest.SerializeToString, pb.BeatReply.FromString
         )

@@ -19,6 +19,7 @@ from tf_syncdist.errors import (
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.connection import Connection, Outgoing
+from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
 from tf_syncdist.transport.heartbeat import Heartbeat
 from tf_syncdist.transport.memory import Lending, Opened
 from tf_syncdist.transport.segments import SegmentError, host_id
@@ -53,6 +54,7 @@ class SessionConfig(NamedTuple):
         address: "host:port" by which people know this worker.
         min_workers: See `SyncReplicasStrategy`.
         detection_seconds: See `SyncReplicasStrategy`.
+        credentials: What it shows to the service, and demands of it.
     """
 
     addresses: tuple[str, ...]
@@ -68,6 +70,7 @@ class SessionConfig(NamedTuple):
     address: str = ""
     min_workers: int = 1
     detection_seconds: float = 3.0
+    credentials: Credentials = NO_CREDENTIALS
 
 
 class Link:
@@ -148,6 +151,7 @@ class Link:
                         functools.partial(self._receive, shard),
                         functools.partial(self._on_lost, shard),
                         config.connect_timeout_seconds,
+                        config.credentials,
                     )
                 )
                 self._down_since[shard] = time.monotonic()
@@ -163,6 +167,7 @@ class Link:
                     self._incarnation,
                     config.detection_seconds,
                     functools.partial(self._on_silence, shard),
+                    config.credentials,
                 )
             )
         self.job_seed = self._welcomes[0].job_seed
@@ -239,10 +244,12 @@ class Link:
         with self._changed:
             if self._error is not None or connection is not self._connections[shard]:
                 return
+            # Before a welcome it says that too many come at once, and later that this one is too much.
+            crowded = code is grpc.StatusCode.RESOURCE_EXHAUSTED and not self._ready[shard]
             self._ready[shard] = False
             now = time.monotonic()
             since = self._down_since[shard] = self._down_since[shard] or now
-        if code not in _PASSING or self._leaving:
+        if (code not in _PASSING and not crowded) or self._leaving:
             self.cancel(error)
             return
         patience = self.config.connect_timeout_seconds
@@ -259,6 +266,7 @@ class Link:
                     functools.partial(self._receive, shard),
                     functools.partial(self._on_lost, shard),
                     min(left, 5.0),
+                    self.config.credentials,
                 )
             except AggregatorUnreachableError:
                 continue
