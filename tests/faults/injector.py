@@ -24,6 +24,7 @@ class Fault(NamedTuple):
             as the worker that is furthest.
         seconds: How long a task is stopped or cut off.
         restart_seconds: How long after being killed it is started again; `None` for never.
+        spare: How many other workers must be sound; until they are, nothing happens.
     """
 
     action: str
@@ -31,6 +32,7 @@ class Fault(NamedTuple):
     at_round: int
     seconds: float = 0.0
     restart_seconds: float | None = None
+    spare: int = 0
 
 
 class View(NamedTuple):
@@ -64,7 +66,7 @@ class Plan(Protocol):
 
 
 class Faults:
-    """Faults at certain rounds; every method adds one and returns the object."""
+    """Faults at certain rounds; every method but `sparing` adds one. All return the object."""
 
     def __init__(self) -> None:
         self.planned: list[Fault] = []
@@ -78,6 +80,11 @@ class Faults:
         """Starts the task that was killed last again."""
         assert self.planned and self.planned[-1].action == KILL, "a restart follows a kill"
         self.planned[-1] = self.planned[-1]._replace(restart_seconds=after_seconds)
+        return self
+
+    def sparing(self, workers: int) -> "Faults":
+        """Lets the last fault wait until so many other workers are sound."""
+        self.planned[-1] = self.planned[-1]._replace(spare=workers)
         return self
 
     def stop(
@@ -113,7 +120,7 @@ class Faults:
         due = []
         for fault in self._left:
             done = front if fault.task in view.services else view.rounds.get(fault.task, -1)
-            if done >= fault.at_round:
+            if done >= fault.at_round and len(view.sound - {fault.task}) >= fault.spare:
                 due.append(fault)
         # A second fault of a task waits until the first one has been seen to.
         due = [f for i, f in enumerate(due) if f.task not in {d.task for d in due[:i]}]

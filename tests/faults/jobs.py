@@ -20,7 +20,7 @@ from .network import Machine
 from .proxy import Proxy
 
 _PROGRAMS = Path(__file__).parent / "programs"
-_TAIL_LINES = 60
+_TAIL_LINES = 40
 _POLL_SECONDS = 0.01
 # A worker that is no further than this behind the front is called sound.
 _BEHIND_ROUNDS = 3
@@ -222,6 +222,7 @@ class FaultyJob:
         assert {r["rounds"] for r in results.values()} == {rounds}, (results, self._tails())
         for name in ("weights_sha256", "optimizer_sha256"):
             assert len({r[name] for r in results.values()}) == 1, (name, results, self._tails())
+        assert "differs from" not in self.text, f"a worker had come to differ{self._tails()}"
         self.check_no_round_was_made_twice()
 
     def check_no_round_was_made_twice(self) -> None:

@@ -49,6 +49,13 @@ def test_a_fault_happens_once_in_its_own_round() -> None:
     assert faults.is_over and faults.due(view(w0=9, w1=9)) == []
 
 
+def test_a_fault_can_wait_for_others_to_be_sound() -> None:
+    faults = Faults().kill(worker=0, at_round=2).sparing(2)
+    assert faults.due(view(sound="0", w0=5)) == []
+    assert faults.due(view(sound="01", w0=5, w1=4)) == []
+    assert len(faults.due(view(sound="12", w0=5, w1=4, w2=5))) == 1
+
+
 def test_a_service_has_done_what_the_foremost_worker_has() -> None:
     faults = Faults().kill(ps=0, at_round=4)
     assert faults.due(view(w0=3, w1=1)) == []

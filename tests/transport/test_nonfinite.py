@@ -1,11 +1,13 @@
 """Workers that keep contributions back which are not finite, with a real service."""
 
 import functools
+import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
+from tf_syncdist.aggregation.server import AggregatorServer
 from tf_syncdist.errors import NonFiniteGradientError
 from tf_syncdist.propagation.rows import Rows
 from tf_syncdist.propagation.slices import TensorSpec
@@ -261,3 +263,56 @@ def test_who_keeps_back_what_nobody_else_has_input_for_ends_the_pass(
     service.together(has_input, has_none)
     assert all(_is(tensors, 0.0) for tensors in results)
     assert [t.controller.run for t in (first, second)] == [2, 2]
+
+
+@pytest.mark.parametrize("policies", [("drop", "pass"), ("drop", "drop")])
+def test_who_keeps_back_is_there_all_the_same(serve: Serve, policies: tuple[str, str]) -> None:
+    """A round is not closed with fewer than `min_workers`; these are lost by other means."""
+    service = serve(2, min_workers=2)
+    trainers = [Trainer(s, p) for s, p in zip(service.sessions(), policies, strict=True)]
+    second = 3.0 if policies[1] == "pass" else NAN
+    for (result,) in _together(service, trainers, [NAN], [second]):
+        assert _is(result, 6.0 if policies[1] == "pass" else 0.0)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_service_that_is_started_again_knows_who_keeps_back(serve: Serve, shards: int) -> None:
+    service = serve(3, shards=shards)
+    trainers = [Trainer(s) for s in service.sessions()]
+    # Worker 1 keeps back in every third run, all of them in every fifth.
+    values = [
+        [NAN if run % 5 == 0 or (worker == 1 and run % 3 == 0) else worker + 1.0]
+        for worker in range(3)
+        for run in range(120)
+    ]
+    stop = threading.Event()
+
+    def restart() -> None:
+        rng = np.random.default_rng(shards)
+        for _ in range(6):
+            if stop.wait(rng.uniform(0.1, 0.4)):
+                return
+            which = int(rng.integers(shards))
+            port = service.servers[which].port
+            service.servers[which].close(grace_seconds=0)
+            service.servers[which] = AggregatorServer(port=port, on_event=service.events.append)
+
+    def train(worker: int) -> list[list[np.ndarray]]:
+        mine = values[worker * 120 : (worker + 1) * 120]
+        return [trainers[worker].do_run(*value)[0] for value in mine]
+
+    thread = threading.Thread(target=restart)
+    thread.start()
+    try:
+        results = service.together(*(functools.partial(train, w) for w in range(3)))
+    finally:
+        stop.set()
+        thread.join(10)
+    assert any("connected again" in n for n in service.notices[0])
+    for run in range(120):
+        # The mean of 1, 2, 3, or of 1, 3, times 3; or nothing.
+        expected = 0.0 if run % 5 == 0 else 6.0
+        assert all(_is(result[run], expected) for result in results), run
+    counted = [24, 56, 24]
+    assert [t.controller.report().nonfinite for t in trainers] == counted
+    service.until(lambda: [w.nonfinite for w in service_report(trainers)] == counted)

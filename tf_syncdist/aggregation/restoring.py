@@ -86,6 +86,8 @@ class Restoring:
             for key, result in sorted(restored.results.items())
         ]
         rounds.restore(restored.positions, restored.counts, restored.exchanges, closed)
+        for worker, standing in self.standings.items():
+            rounds.counts[worker].nonfinite = standing.nonfinite
         for key, result in sorted(restored.results.items()):
             delivery.restore(key.run, result, self._payloads[key])
         for result, payload in self._gathered:

@@ -447,7 +447,9 @@ class Rounds:
             num_workers=self.num_workers,
         )
         decision = self._policy.decide(view)
-        if not decision.close or view.possible < self._min_workers:
+        # Who keeps its values back is there all the same.
+        there = len(self.awaited | set(state.contributors))
+        if not decision.close or there < self._min_workers:
             return None
         state.closed = True
         run.bytes += state.spec.elements * ITEM_BYTES[state.spec.dtype]

@@ -262,6 +262,11 @@ class RunController:
         """How many runs this worker has done, and how many of them it computed."""
         return self.run, self._computed
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether this worker's variables are those of a later run, so that it skips runs."""
+        return self.run < self._resume_at
+
     def begin_input(self) -> None:
         """Takes note that input is read anew; what was agreed about the last input has served."""
         self._read_ahead.clear()

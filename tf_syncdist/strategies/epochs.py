@@ -36,6 +36,8 @@ class EpochExchange:
         state: The common variables.
         runs: Returns how many runs this worker has done, and how many of them it computed.
         mend: Called with another worker and the names of variables in which this one differs.
+        is_ahead: Returns whether this worker's variables are those of a later run than its own,
+            because it has taken over another's and is skipping runs.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class EpochExchange:
         state: Fingerprinted,
         runs: Callable[[], tuple[int, int]],
         mend: Callable[[int, list[str]], None],
+        is_ahead: Callable[[], bool],
     ) -> None:
         self._session = session
         self._state = state
         self._runs = runs
         self._mend = mend
+        self._is_ahead = is_ahead
         self._metrics: dict[int, tf.Variable] = {}
         self._statistics: dict[int, tf.Variable] = {}
         self._done = 0
@@ -166,12 +170,14 @@ class EpochExchange:
             if variable.aggregation is tf.VariableAggregation.MEAN:
                 value = value / copies
             self._sums[id(variable)] = (value.astype(copy[0].dtype), copy)
-        if weights:
+        if weights and not self._is_ahead():
             averages = [(m / weights).astype(s.dtype) for m, s in zip(means, own, strict=True)]
             variables.assign(statistics, averages)
 
     def _compare(self, mine: list[tuple[str, int]], found: Gathered) -> None:
         """Mends this worker if it differs from the one whose fingerprints have come."""
+        if self._is_ahead():
+            return
         own = _named(mine)
         others = dict(zip(found.hashes[::2], found.hashes[1::2], strict=True))
         # A worker that has come later may know fewer variables, or in another order.

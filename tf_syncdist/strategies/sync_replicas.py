@@ -210,7 +210,11 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
             session, state, bucket_bytes, self._before_run, say, nonfinite=nonfinite
         )
         self._epochs = EpochExchange(
-            session, state, lambda: self._controller.runs_done, self._controller.mend
+            session,
+            state,
+            lambda: self._controller.runs_done,
+            self._controller.mend,
+            lambda: self._controller.is_ahead,
         )
         self._seeds = Seeds(self._registry, self.worker_index)
         self._stopping = Stopping(session, lambda: self._controller.run)

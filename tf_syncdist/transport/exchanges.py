@@ -43,6 +43,7 @@ class Exchanging(Link):
         self._is_late = False
         self._done: dict[int, tuple[int, int, bool]] = {}
         self._fates = dict.fromkeys((pb.CONTRIBUTED, pb.LATE, pb.REPLAYED, pb.MISSED), 0)
+        self._nonfinite = 0
         self._over: list[dict[int, int]] = [{} for _ in config.addresses]
         self._sent: list[set[int]] = [set() for _ in config.addresses]
         self._gone: set[int] = set()
@@ -217,6 +218,7 @@ class Exchanging(Link):
                 asked = is_asked()
                 if asked:
                     self._all_withheld.discard(run)
+                    self._is_late = False
             if asked:
                 on_all_withheld()
                 continue
@@ -258,6 +260,7 @@ class Exchanging(Link):
         """Tells the service that a run is done and forgets its results."""
         with self._changed:
             self._fates[fate] += exchanges > 0
+            self._nonfinite += nonfinite
             self._done[run] = (exchanges, fate, nonfinite)
             self._done.pop(run - _MOST_DONE, None)
             self._forget(run + 1)
@@ -307,6 +310,7 @@ class Exchanging(Link):
         standing.late = self._fates[pb.LATE]
         standing.replayed = self._fates[pb.REPLAYED]
         standing.missed = self._fates[pb.MISSED]
+        standing.nonfinite = self._nonfinite
         for run in sorted({*self._held[shard], *self._done}):
             exchanges, fate, _ = self._done.get(run, (0, pb.MISSED, False))
             slices = self._held[shard].get(run, {})
