@@ -1,12 +1,14 @@
 """Workers that come back to a job, and services that are started again."""
 
 import functools
+import re
 import threading
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from tf_syncdist.aggregation import waits
 from tf_syncdist.aggregation.server import AggregatorServer
 from tf_syncdist.errors import ServiceError
 from tf_syncdist.strategies.controller import Mode
@@ -78,6 +80,30 @@ def test_a_silent_worker_is_not_waited_for_until_it_is_heard_of(serve: Serve) ->
     workers[1].do_runs(sites[1], 3)
     assert sum(workers[1].counts[1:3]) == 3 and workers[0].counts == (6, 0, 0, 0)
     assert workers[0].bytes == workers[1].bytes
+
+
+def test_below_min_workers_all_wait_and_say_for_whom(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(waits, "_NOTICE_SECONDS", 0.5)
+    service = serve(3, min_workers=2, address="127.0.0.1:5001")
+    workers = service.workers()
+    sites = [w.site() for w in workers]
+    everybody = list(zip(workers, sites, strict=True))
+    service.together(*(functools.partial(w.do_runs, s, 2) for w, s in everybody))
+    workers[2].session.close()
+    service.together(*(functools.partial(w.do_runs, s, 2) for w, s in everybody[:2]))
+    workers[1].session.close()
+    waiting = threading.Thread(target=workers[0].do_runs, args=(sites[0], 2))
+    waiting.start()
+    lines = service.until(lambda: [n for n in service.notices[0] if "waiting for" in n])
+    names = r"worker 1 \(127.0.0.1:5001, last seen \d s ago\), worker 2 \(127"
+    assert re.search(rf"round 4: 1 of 3 contributions after \d s; waiting for {names}", lines[0])
+    assert waiting.is_alive()
+    late = service.worker(2)
+    late.do_runs(late.site(), 6)
+    waiting.join(10)
+    assert late.bytes == workers[0].bytes
 
 
 @pytest.mark.parametrize("transport", ["grpc", "auto"])

@@ -7,6 +7,7 @@ very same code; `now` is an argument.
 from collections.abc import Iterable, Mapping
 
 from tf_syncdist.aggregation.agreement import SliceState, check_all_closed, check_spec
+from tf_syncdist.aggregation.presence import Presence
 from tf_syncdist.aggregation.records import (
     Closed,
     Fate,
@@ -65,16 +66,11 @@ class Rounds:
         self._exchanges: dict[int, int] = {}
         self._over = 0
         self._unsaid: list[RunOver] = []
-        self._suspended: set[int] = set()
-        self._silent: set[int] = set()
-        self._stateless: set[int] = set()
-        # Workers that may come back to where they were.
-        self._away: set[int] = set()
         self._abstained: dict[int, set[int]] = {}
         self._kept_from = 0
         self._rounds_kept = 0
         self._positions = [0] * num_workers
-        self._present = set(range(num_workers))
+        self._presence = Presence(num_workers)
 
     # What is known.
 
@@ -118,16 +114,23 @@ class Rounds:
         Workers that have said that nothing will come are not among them.
         """
         arrivals = self._runs[run].arrivals if run in self._runs else {}
-        return sorted(self._present - set(arrivals) - self._abstained.get(run, set()))
+        return sorted(self._presence.present - set(arrivals) - self._abstained.get(run, set()))
 
     @property
     def awaited(self) -> set[int]:
         """The workers that are there and take part."""
-        return self._present - self._suspended - self._silent
+        return self._presence.awaited
 
     def holds_state(self, worker: int) -> bool:
         """Returns whether a worker's variables are those of the run that it is in."""
-        return worker not in self._stateless
+        return self._presence.holds_state(worker)
+
+    def lacking(self) -> list[int]:
+        """Returns the workers of which some have to come back before any slice closes."""
+        there = self._presence.there
+        return (
+            sorted(set(range(self.num_workers)) - there) if len(there) < self._min_workers else []
+        )
 
     def to_come(self, run: int) -> set[int]:
         """Returns the workers from which values for a run may come, or have come."""
@@ -140,7 +143,7 @@ class Rounds:
     def is_open(self, worker: int, key: SliceKey, spec: SliceSpec) -> bool:
         """Returns whether values of a worker are to be expected in a slice, as far as is known."""
         at = self._positions[worker]
-        if worker not in self._present or key.run != at or at < self._over:
+        if worker not in self._presence.present or key.run != at or at < self._over:
             return False
         exchanges = self._runs[at].exchanges if at in self._runs else {}
         state = exchanges.get(key.exchange, {}).get(key.slice)
@@ -265,9 +268,7 @@ class Rounds:
             for_good: Whether it will not come back to where it was. Otherwise the results that it
                 needs next are kept, within the bounds of the history, until this is called again.
         """
-        self._present.discard(worker)
-        self._silent.discard(worker)
-        (self._away.discard if for_good else self._away.add)(worker)
+        self._presence.leave(worker, for_good)
         return self.tick(now)
 
     def enter(self, worker: int, run: int | None) -> None:
@@ -280,12 +281,9 @@ class Rounds:
         """
         if run is None:
             self._positions[worker] = max(self._over, self._positions[worker])
-            self._suspended.add(worker)
-            self._stateless.add(worker)
         else:
             self._positions[worker] = run
-        self._present.add(worker)
-        self._away.discard(worker)
+        self._presence.enter(worker, is_new=run is None)
 
     def resume(self, worker: int, run: int, missed: int) -> None:
         """Takes note that a worker has taken over the state before a run and goes on from there.
@@ -294,23 +292,23 @@ class Rounds:
             RoundError: If it cannot have been given that state.
         """
         furthest = max(self._positions)
-        if not self._positions[worker] <= run <= furthest or worker not in self._present:
+        if not self._positions[worker] <= run <= furthest or worker not in self._presence.present:
             raise RoundError(
                 f"Expected worker {worker} to go on from a run between its own, "
                 f"{self._positions[worker]}, and the furthest one, {furthest}. Received: run={run}."
             )
         self._positions[worker] = run
-        self._stateless.discard(worker)
+        self._presence.resume(worker)
         self.counts[worker].fates[Fate.MISSED] += missed
 
     def silence(self, worker: int, now: float) -> tuple[Closed, ...]:
         """Stops waiting for a worker of which nothing is heard; returns what this closes."""
-        self._silent.add(worker)
+        self._presence.silence(worker)
         return self.tick(now)
 
     def hear(self, worker: int) -> None:
         """Waits again for a worker of which nothing was heard."""
-        self._silent.discard(worker)
+        self._presence.hear(worker)
 
     def restore(
         self,
@@ -369,7 +367,7 @@ class Rounds:
 
     def suspend(self, worker: int, now: float) -> tuple[Closed, ...]:
         """Stops waiting for a worker until it is heard of again: it waits for another's state."""
-        self._suspended.add(worker)
+        self._presence.suspend(worker)
         return self.tick(now)
 
     def abstain(self, worker: int, run: int, now: float) -> tuple[Closed, ...]:
@@ -378,7 +376,7 @@ class Rounds:
         Harmless if the run is over or the worker is in it. A worker that waits for another's state
         may promise this meanwhile, so it is not heard of again by that.
         """
-        if run < self._over or worker not in self._present or self.begun(worker) > run:
+        if run < self._over or worker not in self._presence.present or self.begun(worker) > run:
             return ()
         self._abstained.setdefault(run, set()).add(worker)
         return self.tick(now)
@@ -398,11 +396,10 @@ class Rounds:
     # How.
 
     def _check_worker(self, worker: int) -> None:
-        self._suspended.discard(worker)
-        self._stateless.discard(worker)
-        if worker not in self._present:
+        self._presence.take_part(worker)
+        if worker not in self._presence.present:
             raise RoundError(
-                f"Expected one of the present workers {sorted(self._present)}. "
+                f"Expected one of the present workers {sorted(self._presence.present)}. "
                 f"Received: worker={worker}."
             )
 
@@ -447,9 +444,10 @@ class Rounds:
             num_workers=self.num_workers,
         )
         decision = self._policy.decide(view)
-        # Who keeps its values back is there all the same.
-        there = len(self.awaited | set(state.contributors))
-        if not decision.close or there < self._min_workers:
+        if (
+            not decision.close
+            or len(self._presence.there | set(state.contributors)) < self._min_workers
+        ):
             return None
         state.closed = True
         run.bytes += state.spec.elements * ITEM_BYTES[state.spec.dtype]
@@ -468,7 +466,7 @@ class Rounds:
     def _evict(self) -> tuple[int, ...]:
         """Forgets runs that nobody needs or that are too many, oldest first."""
         evicted = []
-        needing = self._present | self._away
+        needing = self._presence.present | self._presence.away
         needed_from = min((self._positions[w] for w in needing), default=self._over)
         size = self.history_size
         while self._kept_from < self._over:

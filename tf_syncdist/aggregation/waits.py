@@ -18,7 +18,8 @@ class Waits:
         """Returns the lines that are to be said now: one every ten seconds for each wait."""
         waits: dict[str, tuple[str, list[int]]] = {}
         run = rounds.runs_over
-        missing, count = rounds.missing(run), rounds.arrived(run)
+        missing = sorted({*rounds.missing(run), *rounds.lacking()})
+        count = rounds.arrived(run)
         if missing and count:
             needed = rounds.replicas_to_aggregate
             waits[f"round {run}"] = (f"round {run}: {count} of {needed} contributions", missing)
