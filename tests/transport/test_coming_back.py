@@ -8,10 +8,15 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tf_syncdist.aggregation import waits
+from tf_syncdist.aggregation import recovery, waits
+from tf_syncdist.aggregation.records import SliceKey
 from tf_syncdist.aggregation.server import AggregatorServer
 from tf_syncdist.errors import ServiceError
+from tf_syncdist.propagation.slices import TensorSpec
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies.controller import Mode
+
+SHAPE = (3, 5)
 
 Serve = Callable[..., object]
 
@@ -80,6 +85,44 @@ def test_a_silent_worker_is_not_waited_for_until_it_is_heard_of(serve: Serve) ->
     workers[1].do_runs(sites[1], 3)
     assert sum(workers[1].counts[1:3]) == 3 and workers[0].counts == (6, 0, 0, 0)
     assert workers[0].bytes == workers[1].bytes
+
+
+@pytest.mark.parametrize("b", [0, 1])
+def test_a_worker_that_comes_late_to_a_service_that_was_started_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, b: int
+) -> None:
+    """It may have results that were computed anew, so it takes over a state."""
+    monkeypatch.setattr(recovery, "GRACE_SECONDS", 0.2)
+    service = serve(3, b=b, transport="grpc")
+    workers = service.workers()
+    everybody = [(w, w.site("a", "b")) for w in workers]
+    service.together(*(functools.partial(w.do_runs, s, 3) for w, s in everybody))
+    late = workers[2].session
+    connection = late._connections[0]
+    come_back = connection._on_error
+    waited = threading.Event()
+    connection._on_error = lambda *error: (waited.wait(10), come_back(*error))
+    # It has one of two slices of the open round before it is cut off.
+    way = workers[2].controller.plan([TensorSpec("float32", SHAPE)] * 2)
+    key = SliceKey(3, 0, 0)
+    result = pb.Result(run=3, num_slices=len(way.slices), dtype=pb.FLOAT32, contributors=[0, 1, 2])
+    with late._changed:
+        late._on_result(0, result, memoryview(bytes(way.slices[0].nbytes)))
+    assert late._held[0][key.run]
+    port = service.servers[0].port
+    service.servers[0].close(grace_seconds=0)
+    service.servers[0] = AggregatorServer(port=port, on_event=service.events.append)
+    done = threading.Event()
+    answering = threading.Thread(target=workers[0].answer, args=(done,))
+    service.together(*(functools.partial(w.do_runs, s, 4) for w, s in everybody[:2]))
+    answering.start()
+    waited.set()
+    service.until(lambda: "connected again" in " ".join(service.notices[2]))
+    workers[2].do_runs(everybody[2][1], 4)
+    done.set()
+    answering.join(5)
+    assert len({w.bytes for w in workers}) == 1
+    assert workers[2].counts[3] > 0
 
 
 def test_below_min_workers_all_wait_and_say_for_whom(

@@ -85,11 +85,11 @@ def check_standing(hello: pb.Hello, job_seed: int, service: int, runs_over: int)
             "Expected a worker of the job that this service serves. Received: worker "
             f"{hello.worker} of another job. Start one service per job.",
         )
-    if standing.service != service and standing.run >= runs_over:
-        # It may have results of its round that were computed anew meanwhile.
+    if standing.service != service and standing.run > runs_over:
+        # It has done a round alone, which is now being done anew without it.
         raise Refused(
             grpc.StatusCode.ABORTED,
             f"Expected worker {hello.worker} while the others came back to a service that was "
-            f"started again. Received: it came later, from round {standing.run}. Start the worker "
-            "again; it takes over another's state.",
+            f"started again. Received: it came later, from round {standing.run}, while the others "
+            f"are in round {runs_over}. Start the worker again; it takes over another's state.",
         )

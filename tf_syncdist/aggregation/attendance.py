@@ -58,6 +58,8 @@ class Attendance:
         self._started = False
         self._frozen = False
         self._restoring: Restoring | None = None
+        # The run in progress when this service took the job over.
+        self._restored_at = 0
         self._epoch = pb.EpochBegun()
 
     @property
@@ -124,13 +126,14 @@ class Attendance:
         """Returns the workers that have a state to give: those that have left, too."""
         return {w for w in self._streams if self._rounds.holds_state(w)} & self._members.here
 
-    def _welcome(self, worker: int) -> None:
+    def _welcome(self, worker: int, void: bool = False) -> None:
         welcome = pb.Welcome(
             job_seed=self._seed,
             window_runs=WINDOW_RUNS,
             host=self._host if self._streams[worker].opened is not None else "",
             run=self._rounds.position(worker),
             service=self._service,
+            void=void,
         )
         self._streams.tell(worker, pb.ToWorker(welcome=welcome))
 
@@ -146,7 +149,9 @@ class Attendance:
             return
         for one in workers:
             run = self._rounds.position(one)
-            started = pb.Started(in_progress=bool(self._rounds.runs_over), run=run)
+            started = pb.Started(
+                in_progress=bool(self._rounds.runs_over), run=run, job_seed=self._seed
+            )
             started.epoch.CopyFrom(self._epoch)
             self._streams.tell(one, pb.ToWorker(started=started))
         self._tell_members()
@@ -175,6 +180,7 @@ class Attendance:
         found, self._restoring = self._restoring, None
         self._seed, self._epoch = found.job_seed, found.epoch
         restored = found.restore(self._rounds, self._delivery, self._gathers, self._ends)
+        self._restored_at = self._rounds.runs_over
         self._relay.know(found.variables)
         for worker in range(self._hello.num_workers):
             standing = found.standings.get(worker)
@@ -188,6 +194,12 @@ class Attendance:
         self._on_event(f"going on with the job in round {self._rounds.runs_over}: {restored}")
         for worker in self._streams:
             self._tell_started(worker)
+
+    def _is_void(self, standing: pb.Standing) -> bool:
+        """Returns whether a worker that was not there then may have what was computed anew."""
+        first = self._restored_at
+        has_some = any(held.run >= first and held.slices for held in standing.held)
+        return standing.run > first or has_some
 
     # Who takes part.
 

@@ -62,12 +62,13 @@ class Job(Attendance):
                     self._welcome(worker)
                 self._restore(now)
             else:
-                same = same or not self._started
-                if standing is not None and standing.service != self._service:
+                is_late = standing is not None and standing.service != self._service
+                if is_late:
                     self._enter(worker, standing.run)
                 else:
+                    same = same or not self._started
                     self._enter(worker, self._rounds.position(worker) if same else None)
-                self._welcome(worker)
+                self._welcome(worker, void=is_late and self._is_void(standing))
                 self._catch_up(worker)
             self._tell_started(worker)
         self._publish()

@@ -220,9 +220,13 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         self._stopping = Stopping(session, lambda: self._controller.run)
         self._runs.controller = self._controller
         self._member.attach(self._controller)
-        if not adapter.global_seed_is_set():
-            # Workers divide a dataset by position, so they must shuffle it alike.
-            tf.random.set_seed(session.job_seed)
+        self._has_common_seed = not adapter.global_seed_is_set()
+        self._set_common_seed()
+
+    def _set_common_seed(self) -> None:
+        # Workers divide a dataset by position, so they must shuffle it alike.
+        if self._has_common_seed:
+            tf.random.set_seed(self._member.session.job_seed)
 
     def _before_run(self) -> None:
         self._epochs.forget_sums()
@@ -543,7 +547,11 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
 
     def _begin_fit(self) -> int | None:
         """Meets the others; returns where to begin if the job is in progress."""
+        seed = self._member.session.job_seed
         started, fit = self._member.session.wait_started(), self._stopping.fit
+        if seed != started.job_seed:
+            # The service that this worker has started again has learned of the job meanwhile.
+            self._set_common_seed()
         if started.in_progress and fit < started.epoch.fit:
             return sys.maxsize
         if started.in_progress and fit == started.epoch.fit:

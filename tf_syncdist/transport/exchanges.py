@@ -223,6 +223,8 @@ class Exchanging(Link):
                 on_all_withheld()
                 continue
             with self._changed:
+                if run in self._gone:
+                    return None
                 slices = self._results.get(key, {})
                 come = [part for part in left if (part.shard, part.index) in slices]
                 if not come:
@@ -233,7 +235,7 @@ class Exchanging(Link):
                             f"Received: one more on worker {self.config.worker}. Run the same "
                             "program everywhere, and let no branch of it depend on the worker."
                         )
-                    return None
+                    continue
                 found = [slices.pop((part.shard, part.index)) for part in come]
             # What has come is copied while the rest is on its way.
             for part, (payload, contributors, row_elements) in zip(come, found, strict=True):
@@ -328,6 +330,11 @@ class Exchanging(Link):
             self._over[shard].clear()
             self._sent[shard].clear()
             self._gone.clear()
+        if welcome.void:
+            # Another worker's state takes the place of what this run makes of its results.
+            self._gone.add(self._finished)
+            self._results.clear()
+            self._held[shard].clear()
         first = max(welcome.run, min(self._done, default=self._finished))
         if welcome.run < min(first, self._finished):
             resume = pb.Resume(run=min(first, self._finished))

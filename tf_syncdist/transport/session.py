@@ -70,3 +70,4 @@ class Session(Ending, Gathering, StateTransfer):
     def _on_started(self, shard: int, message: pb.Started, *_: object) -> None:
         if not shard and self._started is None:
             self._started = message
+            self.job_seed = message.job_seed
