@@ -12,6 +12,9 @@ from tf_syncdist.aggregation.records import Fate, RoundError, SliceKey, SliceSpe
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
+# Workers give up before this, by their own `timeout_seconds`.
+_TURN_SECONDS = 3600.0
+
 # A job that has begun is over when no worker has been connected for this long.
 _ALONE_SECONDS = 60.0
 
@@ -199,6 +202,7 @@ class Job(Attendance):
         spec = SliceSpec(message.num_slices, name, message.elements, message.layout)
         with self._lock:
             # Values that lie in the worker's memory can wait there, at no cost for the service.
+            deadline = self._clock() + _TURN_SECONDS
             while (
                 self._hello.deterministic
                 and not in_memory
@@ -208,6 +212,11 @@ class Job(Attendance):
             ):
                 self._turned.wait(0.2)
                 self._hear(worker)
+                if self._clock() > deadline:
+                    raise invalid(
+                        f"Expected the workers before worker {worker} to contribute to run "
+                        f"{key.run} within {_TURN_SECONDS:g} s. Received: nothing from one of them."
+                    )
             if not self._is_stream(worker, outbox):
                 return
             self._hear(worker)
