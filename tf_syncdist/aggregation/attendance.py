@@ -95,7 +95,6 @@ class Attendance:
         self._gathers = GatherRelay(
             hello.num_workers,
             policy,
-            hello.min_workers,
             self._streams,
             rounds.begun,
             lambda: rounds.awaited,

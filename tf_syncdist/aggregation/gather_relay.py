@@ -19,7 +19,6 @@ class GatherRelay:
     Args:
         num_workers: How many workers the job has.
         policy: The cutoff policy.
-        min_workers: No gather closes while fewer workers than this can be in it.
         streams: The connected workers.
         begun: Tells how many runs a worker has begun.
         awaited: Returns the workers that take part.
@@ -29,12 +28,11 @@ class GatherRelay:
         self,
         num_workers: int,
         policy: CutoffPolicy,
-        min_workers: int,
         streams: Streams,
         begun: Callable[[int], int],
         awaited: Callable[[], set[int]],
     ) -> None:
-        self._gathers = Gathers(num_workers, policy, begun, awaited, min_workers)
+        self._gathers = Gathers(num_workers, policy, begun, awaited)
         self._streams = streams
         self._begun = begun
         self._totals: dict[GatherKey, np.ndarray] = {}

@@ -95,7 +95,6 @@ class Gathers:
         begun: Tells how many runs a worker has begun. A worker that has gone on past a gather
             without taking part will not come, so nobody waits for it.
         awaited: Returns the workers that take part; all of them by default.
-        min_workers: No gather closes while fewer workers than this can be in it.
     """
 
     def __init__(
@@ -104,13 +103,11 @@ class Gathers:
         policy: CutoffPolicy,
         begun: Callable[[int], int],
         awaited: Callable[[], set[int]] | None = None,
-        min_workers: int = 1,
     ) -> None:
         self._num_workers = num_workers
         self._policy = policy
         self._begun = begun
         self._awaited = awaited or (lambda: set(range(num_workers)))
-        self._min_workers = min_workers
         self._gathers: dict[GatherKey, _Gather] = {}
 
     def contribute(self, worker: int, key: GatherKey, part: Part, now: float) -> bool:
@@ -162,7 +159,7 @@ class Gathers:
                 possible=len(to_come) + len(gather.contributors),
                 num_workers=self._num_workers,
             )
-            if self._policy.decide(view).close and view.possible >= self._min_workers:
+            if self._policy.decide(view).close:
                 gather.closed = True
                 contributors = tuple(gather.contributors)
                 reference = min(contributors)
