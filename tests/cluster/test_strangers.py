@@ -19,9 +19,11 @@ from .test_child import aggregator, join
 STRINGS = 10_000
 THREADS = 8
 METHODS = {
-    wire.TRAIN: grpc.StatusCode.INVALID_ARGUMENT,
-    wire.REPORT: grpc.StatusCode.INVALID_ARGUMENT,
-    f"/{wire.SERVICE}/Nothing": grpc.StatusCode.UNIMPLEMENTED,
+    wire.TRAIN: {grpc.StatusCode.INVALID_ARGUMENT},
+    wire.REPORT: {grpc.StatusCode.INVALID_ARGUMENT},
+    # Some strings happen to be such a message, of a life that nobody knows.
+    wire.BEAT: {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.OK},
+    f"/{wire.SERVICE}/Nothing": {grpc.StatusCode.UNIMPLEMENTED},
 }
 WAY = plan([TensorSpec("float32", (4,))], 100, 1)
 
@@ -72,10 +74,10 @@ def test_ten_thousand_random_strings_to_every_method_change_nothing() -> None:
             concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
         ):
             for turn, share in enumerate((STRINGS // 10, STRINGS - STRINGS // 10)):
-                for method, code in METHODS.items():
+                for method, codes in METHODS.items():
                     each = [strings(10 * turn + n, share // THREADS) for n in range(THREADS)]
                     ends = pool.map(lambda d, m=method: attack(channel, m, d), each)
-                    assert set().union(*ends) == {code}, method
+                    assert set().union(*ends) == codes, method
                 sizes.append(resident_bytes(process.pid))
             assert process.poll() is None
         assert sizes[1] < sizes[0] + 8 * 2**20, sizes
@@ -84,5 +86,5 @@ def test_ten_thousand_random_strings_to_every_method_change_nothing() -> None:
         assert session.receive(0, 0, WAY, [np.empty(4, "f4")]) == (1, 1)
         refused = dict(session.report().refused)
         assert refused.pop(UNKNOWN_METHOD) == STRINGS
-        assert sum(refused.values()) == 2 * STRINGS
+        assert 2.5 * STRINGS < sum(refused.values()) <= 3 * STRINGS
         session.close()
