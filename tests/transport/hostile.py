@@ -24,7 +24,7 @@ def hello(worker: int, num_workers: int, b: int, **changes: object) -> pb.Hello:
 
 
 @contextlib.contextmanager
-def at_most(size: int = 4 * 2**20, seconds: float = 0.3) -> Iterator[None]:
+def at_most(size: int = 4 * 2**20, seconds: float = 1.0) -> Iterator[None]:
     """Checks what something takes of memory and of this thread's time."""
     tracemalloc.start()
     before = time.thread_time()
