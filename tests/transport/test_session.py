@@ -201,7 +201,7 @@ def test_an_address_without_service_is_an_error_in_time(serve: Serve, listens: b
 
 
 def test_a_service_that_goes_away_is_an_error_that_names_it(serve: Serve) -> None:
-    service = serve(2)
+    service = serve(2, connect_timeout_seconds=1.0)
     session, _ = service.sessions()
     threading.Timer(0.1, service.servers[0].close, (0,)).start()
     with pytest.raises(ServiceError, match=service.config.addresses[0]):
