@@ -13,11 +13,11 @@ ROUNDS = 220
 KILLS = 10
 
 
-def kills(ps: int = 0, first: int = 2) -> Faults:
+def kills(ps: int = 0, count: int = KILLS) -> Faults:
     """Kills a service again and again: in the first rounds, and then every 20 rounds."""
     faults = Faults()
-    for number in range(KILLS):
-        at_round = first + number if number < 3 else number * 20
+    for number in range(count):
+        at_round = number if number < 4 else number * 20
         faults.kill(ps=ps, at_round=at_round).restart(after_seconds=0.1)
     return faults
 
@@ -50,7 +50,7 @@ def test_with_backup_workers_no_round_is_made_twice(tmp_path: Path) -> None:
 
 
 def test_one_of_two_services(tmp_path: Path) -> None:
-    plan = kills(ps=1)
+    plan = kills(ps=1, count=5)
     job = run(tmp_path / "job", plan, workers=2, ps=2)
-    assert len(job.lives["ps 1"]) == KILLS + 1 and len(job.lives["ps 0"]) == 1
+    assert len(job.lives["ps 1"]) == 6 and len(job.lives["ps 0"]) == 1
     assert sorted(job.results()) == [0, 1]
