@@ -16,7 +16,8 @@ KILLED = {f"worker {w}": -signal.SIGKILL for w in range(WORKERS)}
 
 
 def run(directory: Path, statuses: dict[str, int] | None = None, **arguments: Any) -> JobResult:
-    given = {"shared": False, "save_freq": "epoch", "keep": 1, "kill_at": None} | arguments
+    given = {"shared": False, "save_freq": "epoch", "keep": 1, "kill_at": None}
+    given |= {"backup_workers": 0} | arguments
     return run_job(
         "backups.py", directory, workers=WORKERS, arguments=given, statuses=statuses, seconds=250
     )
@@ -49,7 +50,7 @@ def test_a_killed_job_ends_as_if_it_had_not_been_killed(tmp_path: Path) -> None:
 
 
 def test_workers_can_share_a_directory_and_save_within_an_epoch(tmp_path: Path) -> None:
-    given = {"shared": True, "save_freq": 4, "keep": 2}
+    given = {"shared": True, "save_freq": 4, "keep": 2, "backup_workers": 1}
     run(tmp_path, KILLED, kill_at=[2, 2], **given)
     # After steps 4, 8 and 12, the last of which was that of an epoch.
     names = sorted(p.name for p in tmp_path.glob("shared/*"))

@@ -107,3 +107,14 @@ def test_the_service_of_worker_0_ends_with_it(tmp_path: Path, number: signal.Sig
     assert "lives and dies with worker 0" in job.logs["worker 1"].splitlines()[-1]
     left = {p.name for p in set(Path("/dev/shm").glob("*")) - before}
     assert not any("tf_syncdist" in name for name in left)
+
+
+def test_workers_with_ways_of_their_own_are_left_to_them(tmp_path: Path) -> None:
+    """One makes the strategy in a thread, one has a handler for SIGTERM and goes on."""
+    statuses = {"worker 1": -signal.SIGTERM}
+    job = run_job("own_handlers.py", tmp_path, workers=3, ps=1, statuses=statuses)
+    assert sorted(job.results) == [0, 2]
+    assert job.common("rounds") == 8
+    job.common("weights_sha256")
+    assert job.results[2]["seen"] == [signal.SIGTERM]
+    assert "worker 1 is gone" in job.logs["ps 0"]

@@ -244,7 +244,7 @@ class Link:
         with self._changed:
             if self._error is not None or connection is not self._connections[shard]:
                 return
-            # Before a welcome it says that too many come at once, and later that this one is too much.
+            # Before a welcome it means that too many come at once; later, that this takes too much.
             crowded = code is grpc.StatusCode.RESOURCE_EXHAUSTED and not self._ready[shard]
             self._ready[shard] = False
             now = time.monotonic()

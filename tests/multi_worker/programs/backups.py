@@ -16,7 +16,10 @@ STEPS = 6
 EPOCHS = 4
 
 arguments = task.ARGUMENTS
-strategy = tf_syncdist.SyncReplicasStrategy(deterministic=True, **task.PATIENCE)
+backup_workers = arguments["backup_workers"]
+strategy = tf_syncdist.SyncReplicasStrategy(
+    backup_workers, deterministic=not backup_workers, **task.PATIENCE
+)
 worker = strategy.worker_index
 directory = pathlib.Path(arguments["directory"])
 backups = directory / ("shared" if arguments["shared"] else f"own-{worker}")
