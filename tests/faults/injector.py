@@ -10,14 +10,14 @@ import dataclasses
 import random
 from typing import NamedTuple, Protocol
 
-KILL, STOP, CUT, RESET = "kill", "stop", "cut", "reset"
+KILL, KILL_CHILD, STOP, CUT, RESET = "kill", "kill_child", "stop", "cut", "reset"
 
 
 class Fault(NamedTuple):
     """One thing that happens to one task.
 
     Args:
-        action: `KILL` (SIGKILL), `STOP` (SIGSTOP, later SIGCONT), `CUT` (its network forwards
+        action: `KILL` (SIGKILL), `KILL_CHILD` (of the processes that it has started), `STOP` (SIGSTOP, later SIGCONT), `CUT` (its network forwards
             nothing for a while) or `RESET` (its connections break).
         task: "worker 1" or "ps 0".
         at_round: Happens as soon as the task has done so many rounds; a `ps` task has done as many
@@ -75,6 +75,10 @@ class Faults:
     def kill(self, *, at_round: int, worker: int | None = None, ps: int | None = None) -> "Faults":
         """Kills a task, for good unless `restart` follows."""
         return self._add(Fault(KILL, _task(worker, ps), at_round))
+
+    def kill_child(self, *, worker: int, at_round: int) -> "Faults":
+        """Kills what a worker has started, such as the service."""
+        return self._add(Fault(KILL_CHILD, _task(worker, None), at_round))
 
     def restart(self, *, after_seconds: float = 0.3) -> "Faults":
         """Starts the task that was killed last again."""

@@ -15,7 +15,7 @@ from tf_syncdist.cluster.ports import reserve_ports
 
 from ..multi_worker.forkserver import ForkedProcess
 from ..multi_worker.harness import environment, fork_server
-from .injector import CUT, KILL, RESET, STOP, Fault, Plan, View
+from .injector import CUT, KILL, KILL_CHILD, RESET, STOP, Fault, Plan, View
 from .network import Machine
 from .proxy import Proxy
 
@@ -341,6 +341,11 @@ class FaultyJob:
             _signal_group(life, signal.SIGKILL)
             if fault.restart_seconds is not None:
                 self._undo(fault, fault.restart_seconds, lambda: self._restart(fault.task))
+        elif fault.action == KILL_CHILD:
+            children = _children(life)
+            assert children, f"{fault.task} has no child to kill{self._tails()}"
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
         elif fault.action == STOP:
             _signal_group(life, signal.SIGSTOP)
             self._undo(fault, fault.seconds, lambda: _signal_group(life, signal.SIGCONT))
@@ -420,6 +425,11 @@ class FaultyJob:
             about = f"status {life.status}, {life.rounds} rounds, from {life.started_at:.2f} s"
             parts += [f"---- {life.task}, life {life.number} ({about}) ----", *lines]
         return "\n".join(parts)
+
+
+def _children(life: Life) -> list[int]:
+    tasks = Path(f"/proc/{life.process.pid}/task").glob("*/children")
+    return [int(pid) for task in tasks for pid in task.read_text().split()]
 
 
 def _signal_group(life: Life, number: int) -> None:

@@ -56,7 +56,9 @@ class Proxy:
         for sock in broken:
             with contextlib.suppress(OSError):
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            _end(sock)
+                # Wakes the thread that waits in recv, and tells the other side nothing.
+                sock.shutdown(socket.SHUT_RD)
+            sock.close()
 
     def close(self) -> None:
         """Ends all of it. May be called twice."""
@@ -95,13 +97,9 @@ class Proxy:
                     pass
                 sink.sendall(data)
         with self._lock:
-            self._sockets -= {source, sink}
-        for sock in (source, sink):
-            _end(sock)
-
-
-def _end(sock: socket.socket) -> None:
-    # A thread that waits in recv is not woken by close.
-    with contextlib.suppress(OSError):
-        sock.shutdown(socket.SHUT_RDWR)
-    sock.close()
+            mine = self._sockets & {source, sink}
+            self._sockets -= mine
+        for sock in mine:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()

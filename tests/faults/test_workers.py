@@ -1,28 +1,36 @@
 """Workers that are killed, stopped, cut off or reset: the others go on, and they come back."""
 
+import concurrent.futures
 import random
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from .injector import Chaos, Faults
 from .jobs import FaultyJob
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(290)
 
 STEPS, EPOCHS = 20, 6
-FIT = {"steps": STEPS, "epochs": EPOCHS, "step_seconds": 0.05}
+ROUNDS = 150
+CHAOS_SECONDS = 15.0
 
 
 def early(action: str) -> Faults:
-    """Lets the same happen to another worker in each of the first rounds, and to one much later."""
+    """Lets the same happen to another worker in each of the first rounds, and to one much later.
+
+    Connections break in the same rounds, where nothing else does.
+    """
     faults = Faults()
+    if action == "stop":
+        for at_round in range(4):
+            faults.reset(worker=0, at_round=at_round)
     later = random.Random(action).randint(30, 60)
     for worker, at_round in ((3, 0), (1, 1), (2, 2), (3, 3), (0, later)):
         if action == "kill":
             faults.kill(worker=worker, at_round=at_round).restart()
-        elif action == "reset":
-            faults.reset(worker=worker, at_round=at_round)
         else:
             add = faults.stop if action == "stop" else faults.cut
             add(worker=worker, at_round=at_round, seconds=4.0)
@@ -30,52 +38,98 @@ def early(action: str) -> Faults:
     return faults.sparing(2)
 
 
-@pytest.mark.parametrize("action", ["kill", "stop", "cut", "reset"])
-def test_a_fault_in_each_early_round(tmp_path: Path, action: str) -> None:
-    arguments = FIT | {"backup_workers": 1 if action == "stop" else 0}
-    plan = early(action)
-    with FaultyJob("fit.py", tmp_path, workers=4, plan=plan, arguments=arguments) as job:
-        job.run().check_alike(STEPS * EPOCHS)
-        assert sorted(job.results()) == [0, 1, 2, 3]
-        for life in job.last_lives:
-            assert life.result["local"]["contributed"] > 0, life.task
-            if life.number:
-                # The epochs that were over when it came back are not done again.
-                assert life.result["epochs"][-1] == EPOCHS - 1
-
-
-def test_the_others_go_on_without_those_that_do_not_come_back(tmp_path: Path) -> None:
-    plan = Faults().kill(worker=1, at_round=3).kill(worker=2, at_round=9)
-    with FaultyJob("fit.py", tmp_path, workers=3, plan=plan, arguments=FIT) as job:
-        job.run().check_alike(STEPS * EPOCHS)
-        assert sorted(job.results()) == [0]
-        assert "worker 1" in job.text and "worker 2" in job.text
-
-
-def test_a_custom_loop_goes_on_where_the_job_is(tmp_path: Path) -> None:
+def coming_and_going() -> Faults:
+    """Workers 0 and 1 are killed twice and come back, worker 2 is killed for good."""
     plan = Faults()
     for at_round in (5, 40):
         plan.kill(worker=1, at_round=at_round).restart()
         plan.kill(worker=0, at_round=at_round + 30).restart()
-    arguments = {"rounds": 150, "step_seconds": 0.05}
-    with FaultyJob("loop.py", tmp_path, workers=3, plan=plan, arguments=arguments) as job:
-        job.run().check_alike(150)
-        assert sorted(job.results()) == [0, 1, 2]
-        assert job.results()[2]["resumed_at"] == 0
-        for worker in (0, 1):
-            assert len(job.lives[f"worker {worker}"]) == 3
-            assert job.results()[worker]["resumed_at"] > 0
+    return plan.kill(worker=2, at_round=100).sparing(2)
+
+
+def chaos(backup_workers: int, seconds: float) -> dict[str, Any]:
+    """Returns a job to which something happens every few seconds."""
+    rounds = int(seconds / 0.1) + 100
+    return {
+        "program": "loop.py",
+        "plan": Chaos(seed=backup_workers, seconds=seconds, kills_services=True),
+        "workers": 4,
+        "arguments": {"rounds": rounds, "step_seconds": 0.1, "backup_workers": backup_workers},
+    }
+
+
+def run(directory: Path, program: str, seconds: float, **how: Any) -> FaultyJob:
+    """Runs a job to its end."""
+    with FaultyJob(program, directory, seconds=seconds, **how) as job:
+        return job.run()
+
+
+Jobs = dict[str, concurrent.futures.Future]
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """Jobs that run two at a time: most of their time is waiting."""
+    fit = {"steps": STEPS, "epochs": EPOCHS, "step_seconds": 0.05}
+    wanted = {
+        action: {
+            "program": "fit.py",
+            "plan": early(action),
+            "workers": 4,
+            "arguments": fit | {"backup_workers": int(action == "stop")},
+        }
+        for action in ("kill", "stop", "cut")
+    }
+    wanted["loop"] = {
+        "program": "loop.py",
+        "plan": coming_and_going(),
+        "workers": 3,
+        "arguments": {"rounds": ROUNDS, "step_seconds": 0.05},
+    }
+    wanted |= {f"chaos_{b}": chaos(b, CHAOS_SECONDS) for b in (0, 1)}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        yield {
+            name: pool.submit(run, tmp_path_factory.mktemp(name), seconds=240.0, **how)
+            for name, how in wanted.items()
+        }
+
+
+@pytest.mark.parametrize("action", ["kill", "stop", "cut"])
+def test_a_fault_in_each_early_round(jobs: Jobs, action: str) -> None:
+    job = jobs[action].result()
+    job.check_alike(STEPS * EPOCHS)
+    assert sorted(job.results()) == [0, 1, 2, 3]
+    for life in job.last_lives:
+        assert life.result["local"]["contributed"] > 0, life.task
+        # Who comes back does not begin with the first epoch, but ends with the last one.
+        assert life.result["epochs"][-1] == EPOCHS - 1
+
+
+def test_a_custom_loop_goes_on_where_the_job_is(jobs: Jobs) -> None:
+    job = jobs["loop"].result()
+    job.check_alike(ROUNDS)
+    assert sorted(job.results()) == [0, 1], "worker 2 does not come back"
+    for worker in (0, 1):
+        assert len(job.lives[f"worker {worker}"]) == 3
+        assert job.results()[worker]["resumed_at"] > 0
+
+
+def check_chaos(job: FaultyJob, how: dict[str, Any]) -> None:
+    job.check_alike(how["arguments"]["rounds"])
+    assert sorted(job.results()) == [0, 1, 2, 3]
+    assert len({f.action for _, f in job.applied}) >= 2
+    assert len({f.task for _, f in job.applied}) >= 2
+    assert len(job.applied) >= how["plan"].seconds / 6
 
 
 @pytest.mark.parametrize("backup_workers", [0, 1])
-@pytest.mark.parametrize("seconds", [15.0, pytest.param(60.0, marks=pytest.mark.slow)])
-def test_a_fault_every_few_seconds(tmp_path: Path, backup_workers: int, seconds: float) -> None:
-    plan = Chaos(seed=backup_workers, seconds=seconds, kills_services=True)
-    rounds = int(seconds / 0.1) + 150
-    arguments = {"rounds": rounds, "step_seconds": 0.1, "backup_workers": backup_workers}
-    with FaultyJob(
-        "loop.py", tmp_path, workers=4, plan=plan, arguments=arguments, seconds=seconds + 100
-    ) as job:
-        job.run().check_alike(rounds)
-        assert sorted(job.results()) == [0, 1, 2, 3]
-        assert len(plan.happened) >= seconds / 6
+def test_a_fault_every_few_seconds(jobs: Jobs, backup_workers: int) -> None:
+    how = chaos(backup_workers, CHAOS_SECONDS)
+    check_chaos(jobs[f"chaos_{backup_workers}"].result(), how)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backup_workers", [0, 1])
+def test_a_fault_every_few_seconds_for_a_minute(tmp_path: Path, backup_workers: int) -> None:
+    how = chaos(backup_workers, 60.0)
+    check_chaos(run(tmp_path, seconds=270.0, **how), how)
