@@ -17,8 +17,9 @@ class Fault(NamedTuple):
     """One thing that happens to one task.
 
     Args:
-        action: `KILL` (SIGKILL), `KILL_CHILD` (of the processes that it has started), `STOP` (SIGSTOP, later SIGCONT), `CUT` (its network forwards
-            nothing for a while) or `RESET` (its connections break).
+        action: `KILL` (SIGKILL), `KILL_CHILD` (of the processes that it has started), `STOP`
+            (SIGSTOP, later SIGCONT), `CUT` (its network forwards nothing for a while) or `RESET`
+            (its connections break).
         task: "worker 1" or "ps 0".
         at_round: Happens as soon as the task has done so many rounds; a `ps` task has done as many
             as the worker that is furthest.

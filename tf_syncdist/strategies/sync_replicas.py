@@ -1,26 +1,22 @@
 """Synchronous SGD with backup workers, as a tf.distribute strategy."""
 
-import contextlib
 import functools
 import itertools
-import signal
-import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from tf_syncdist.cluster import roles
 from tf_syncdist.cluster.child import become_aggregator
-from tf_syncdist.cluster.interrupts import exit_status
 from tf_syncdist.cutoff import CutoffPolicy, serialize
-from tf_syncdist.errors import SyncDistError
 from tf_syncdist.observability.reports import Report
 from tf_syncdist.strategies import adapter, inputs, keras_calls, options
 from tf_syncdist.strategies.controller import LocalReport, RunController
 from tf_syncdist.strategies.epochs import EpochExchange
 from tf_syncdist.strategies.graph_runs import run_in_graph
+from tf_syncdist.strategies.keras_side import KerasSide
 from tf_syncdist.strategies.lifetime import Membership, say
 from tf_syncdist.strategies.seeds import Seeds
 from tf_syncdist.strategies.sites import Runs, Site
@@ -32,7 +28,7 @@ from tf_syncdist.transport.credentials import NO_CREDENTIALS
 from tf_syncdist.transport.session import SessionConfig
 
 
-class SyncReplicasStrategy(tf.distribute.Strategy):
+class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
     """Trains on several workers and does not wait for the slowest ones.
 
     N + b workers compute gradients for the same variables; the first N contributions of a round
@@ -469,102 +465,3 @@ class SyncReplicasStrategy(tf.distribute.Strategy):
         """
         if self._member is not None:
             self._epochs.synchronize()
-
-    # Keras.
-
-    def _epoch_of_chief(self, epoch: int | None) -> int | None:
-        if self._member is None:
-            return epoch
-        return self._epochs.epoch_of_chief(self._stopping.fit, epoch)
-
-    def _is_local(self) -> bool:
-        call = keras_calls.current()
-        return call is not None and not call.trains
-
-    @contextlib.contextmanager
-    def _keras_call(self, method: str, model: Any, arguments: dict[str, Any]) -> Iterator[None]:
-        quiet = self._member is not None and not self.is_chief
-        before = self._member is not None and self._member.interrupted
-        with contextlib.ExitStack() as stack:
-            call = stack.enter_context(keras_calls.calling(method, model, arguments, quiet))
-            if self._member is None:
-                yield
-                return
-            if call.trains:
-                self._prepare_training(call, arguments, stack)
-            else:
-                self._epochs.forget_sums()
-            try:
-                yield
-            except BaseException as e:
-                self._member.failed = call.trains
-                interrupted = None if before else self._member.interrupted
-                if interrupted is not None and isinstance(e, Exception):
-                    # An error for the step that was cut short hides the interrupt.
-                    if interrupted is signal.SIGINT:
-                        raise KeyboardInterrupt from None
-                    raise SystemExit(exit_status(interrupted)) from None
-                cause = self._controller.error
-                if cause is not None and isinstance(e, tf.errors.OpError):
-                    raise cause from None
-                raise
-            self._member.failed = False
-
-    def _prepare_training(
-        self, call: keras_calls.KerasCall, arguments: dict[str, Any], stack: contextlib.ExitStack
-    ) -> None:
-        _check_model(call.model)
-        if self._member.interrupted is not None:
-            raise SyncDistError(
-                "Expected a worker that takes part in the job. Received: one that was interrupted "
-                f"by {self._member.interrupted.name}, so it takes part no more. Start the program "
-                "again to train on; evaluate, predict and save still work."
-            )
-        # TensorFlow's own errors for a mixture say nothing of the scope.
-        for variable in (
-            *getattr(call.model.optimizer, "variables", ()),
-            *call.model.trainable_variables,
-        ):
-            self._registry.check(variable.value, variable.path)
-        if call.batch_size is not None:
-            inputs.check_divisible(call.batch_size, self._aggregate)
-        if call.method == "train_on_batch":
-            index = (self._controller.run + self.worker_index) % self._aggregate
-            for name in ("x", "y", "sample_weight"):
-                if arguments.get(name) is not None:
-                    arguments[name] = inputs.piece_of_arrays(
-                        arguments[name], index, self._aggregate
-                    )
-            return
-        self._seeds.fold()
-        session = self._member.session
-        callback = keras_calls.FitCallback(
-            self._begin_fit,
-            lambda epoch: session.begin_epoch(self._stopping.fit, epoch, self._controller.run),
-            self._stopping.after_epoch,
-        )
-        stack.enter_context(keras_calls.fitting(call.model, arguments, self._stopping, callback))
-
-    def _begin_fit(self) -> int | None:
-        """Meets the others; returns where to begin if the job is in progress."""
-        seed = self._member.session.job_seed
-        started, fit = self._member.session.wait_started(), self._stopping.fit
-        if seed != started.job_seed:
-            # The service that this worker has started again has learned of the job meanwhile.
-            self._set_common_seed()
-        if started.in_progress and fit < started.epoch.fit:
-            return sys.maxsize
-        if started.in_progress and fit == started.epoch.fit:
-            self._controller.start_at(started.epoch.run)
-            return started.epoch.epoch
-        self._epochs.begin_fit(fit)
-        return None
-
-
-def _check_model(model: Any) -> None:
-    if getattr(model, "jit_compile", None) is True:
-        raise ValueError(
-            "Expected `jit_compile` to be False or 'auto', because gradients leave a compiled "
-            "step through Python, which XLA cannot do. Received: jit_compile=True. Compile the "
-            "model with `model.compile(..., jit_compile=False)`."
-        )
