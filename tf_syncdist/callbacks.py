@@ -21,7 +21,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     others go on takes its state from them, not from a file.
 
     A file is written beside the one before it and then takes its place, so a job may be killed at
-    any time. It is an .npz archive, and is read without pickle.
+    any time. It is an .npz archive, and nothing of it is executed.
 
     The state of worker 0's random generators is saved too; those of other workers, and the order
     in which a dataset is shuffled, begin anew. Keras' other callbacks keep no state: an

@@ -29,7 +29,10 @@ class ClusterConfigError(SyncDistError, ValueError):
 
 
 class CredentialsError(SyncDistError, ValueError):
-    """Certificates, a key or the job's token cannot be used, or would be exposed."""
+    """Certificates, a key or the job's token cannot be used, or would be exposed.
+
+    See docs/errors.md#credentialserror.
+    """
 
 
 class AggregatorUnreachableError(SyncDistError, ConnectionError):
@@ -54,7 +57,10 @@ class ModelMismatchError(SyncDistError, ValueError):
 
 
 class NonFiniteGradientError(SyncDistError, FloatingPointError):
-    """A worker's own gradients hold NaN or Inf, and `nonfinite="error"` was given."""
+    """A worker's own gradients hold NaN or Inf, and `nonfinite="error"` was given.
+
+    See docs/errors.md#nonfinitegradienterror.
+    """
 
 
 class ServiceError(SyncDistError, RuntimeError):

@@ -27,7 +27,7 @@ def test_a_worker_is_silent_until_it_is_heard_of() -> None:
 
 @pytest.mark.parametrize(
     "detection, round_seconds, expected",
-    [(3.0, 0.01, 1.0), (3.0, 0.04, 2.0), (3.0, 1.0, 3.0), (0.5, 0.001, 0.5), (30.0, 0.1, 5.0)],
+    [(3.0, 0.001, 1.0), (3.0, 0.006, 1.8), (3.0, 1.0, 3.0), (0.5, 0.001, 0.5), (90.0, 0.1, 30.0)],
 )
 def test_detection_is_a_multiple_of_recent_rounds_but_a_second_at_least(
     detection: float, round_seconds: float, expected: float
@@ -43,9 +43,9 @@ def test_one_long_round_does_not_change_it() -> None:
     found = members()
     now = 0.0
     for number in range(30):
-        now += 100.0 if number == 20 else 0.04
+        now += 100.0 if number == 20 else 0.006
         found.round_ended(now)
-    assert found.patience_seconds() == pytest.approx(2.0)
+    assert found.patience_seconds() == pytest.approx(1.8)
 
 
 def test_a_new_life_takes_the_place_of_one_that_is_gone_or_silent() -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 # A worker is not taken for silent before it was silent for as long as this ...
 _LEAST_SECONDS = 1.0
 # ... and never waited for longer than for so many rounds.
-_ROUNDS = 50.0
+_ROUNDS = 300.0
 _RECENT_ROUNDS = 20
 
 # How long a worker whose connection broke may take to come back to where it was.
@@ -44,7 +44,7 @@ class Members:
 
     Args:
         num_workers: How many workers the job has.
-        detection_seconds: A worker is silent when nothing was heard of it for so long, or for 50
+        detection_seconds: A worker is silent when nothing was heard of it for so long, or for 300
             rounds, but at least for one second.
     """
 

@@ -91,7 +91,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         min_workers: No round is closed with fewer workers than this; below it, all wait until one
             comes back. Default: 1. Raise it if an update from few workers is worse than none.
         detection_seconds: A worker of which nothing is heard for so long is not waited for until
-            it is heard of again; less where rounds are fast (50 of them, but at least 1 s). One
+            it is heard of again; less where rounds are fast (300 of them, but at least 1 s). One
             whose process ends is noticed at once. Default: 3. Raise it if machines stall.
         connect_timeout_seconds: How long to wait for the service to answer, at the start and when
             it went away. Default: 30.

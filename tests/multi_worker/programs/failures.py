@@ -36,7 +36,9 @@ class BadEnd(keras.callbacks.Callback):
 
 
 def main() -> None:
-    strategy = tf_syncdist.SyncReplicasStrategy(task.ARGUMENTS["backup_workers"], **task.PATIENCE)
+    strategy = tf_syncdist.SyncReplicasStrategy(
+        task.ARGUMENTS["backup_workers"], **task.PATIENCE | {"connect_timeout_seconds": 25.0}
+    )
     worker = strategy.worker_index
     keras.utils.set_random_seed(worker)
     x = np.random.RandomState(1).randn(BATCH_SIZE * STEPS, 16).astype("float32")
