@@ -43,10 +43,10 @@ def give(recovery: Recovery, now: float) -> list[SliceKey]:
 
 def test_it_waits_for_all_that_were_there_but_not_for_ever() -> None:
     recovery = Recovery(0.0)
-    recovery.add(0, standing(3, (0, 1, 2), (3, False, (0,))))
+    recovery.add(0, standing(3, (0, 1, 2), (3, False, (0,))), 0.0)
     assert recovery.missing() == {1, 2}
     assert recovery.wants(0.1) == [] and not recovery.is_complete(0.1)
-    recovery.add(1, standing(3, (0, 1)))
+    recovery.add(1, standing(3, (0, 1)), 0.0)
     assert recovery.missing() == {2}
     assert recovery.wants(GRACE_SECONDS + 0.1) == [Want(0, SliceKey(3, 0, 0))]
     assert not recovery.is_complete(GRACE_SECONDS + 0.2)
@@ -56,9 +56,9 @@ def test_it_waits_for_all_that_were_there_but_not_for_ever() -> None:
 
 def test_a_new_process_and_a_lost_one_are_not_missing() -> None:
     recovery = Recovery(0.0)
-    recovery.add(0, standing(1, (0, 1, 2)))
+    recovery.add(0, standing(1, (0, 1, 2)), 0.0)
     recovery.add_new(1)
-    recovery.add(2, standing(1, (0, 1, 2)))
+    recovery.add(2, standing(1, (0, 1, 2)), 0.0)
     recovery.drop(2)
     assert recovery.missing() == set()
 
@@ -66,7 +66,7 @@ def test_a_new_process_and_a_lost_one_are_not_missing() -> None:
 def test_each_result_of_the_open_run_is_asked_for_once_and_of_different_workers() -> None:
     recovery = Recovery(0.0)
     for worker in range(2):
-        recovery.add(worker, standing(4, (0, 1), (4, False, (0, 1))))
+        recovery.add(worker, standing(4, (0, 1), (4, False, (0, 1))), 0.0)
     wants = recovery.wants(0.0)
     assert {w.key for w in wants} == {SliceKey(4, 0, s) for s in range(SLICES)}
     assert {w.holder for w in wants} == {0, 1}
@@ -75,8 +75,8 @@ def test_each_result_of_the_open_run_is_asked_for_once_and_of_different_workers(
 
 def test_results_of_a_run_that_is_over_go_to_those_that_miss_them() -> None:
     recovery = Recovery(0.0)
-    recovery.add(0, standing(5, (0, 1), (4, True, (0, 1))))
-    recovery.add(1, standing(4, (0, 1), (4, False, (0,))))
+    recovery.add(0, standing(5, (0, 1), (4, True, (0, 1))), 0.0)
+    recovery.add(1, standing(4, (0, 1), (4, False, (0,))), 0.0)
     assert sorted(give(recovery, 0.0)) == [SliceKey(4, 0, 0), SliceKey(4, 0, 1)]
     restored = recovery.restored()
     assert restored.positions == {0: 5, 1: 4} and restored.exchanges == {4: 1}
@@ -87,7 +87,7 @@ def test_results_of_a_run_that_is_over_go_to_those_that_miss_them() -> None:
 def test_nobody_is_asked_for_what_all_have_done() -> None:
     recovery = Recovery(0.0)
     for worker in range(2):
-        recovery.add(worker, standing(5, (0, 1), (4, True, (0, 1))))
+        recovery.add(worker, standing(5, (0, 1), (4, True, (0, 1))), 0.0)
     assert give(recovery, 0.0) == [] and recovery.is_complete(0.0)
     assert recovery.restored().exchanges == {}
 
@@ -95,16 +95,16 @@ def test_nobody_is_asked_for_what_all_have_done() -> None:
 def test_a_gap_ends_what_is_kept() -> None:
     """The second worker misses runs 2 to 4, and nobody has the results of run 3."""
     recovery = Recovery(0.0)
-    recovery.add(0, standing(5, (0, 1), (2, True, (0, 1)), (4, True, (0, 1))))
-    recovery.add(1, standing(2, (0, 1)))
+    recovery.add(0, standing(5, (0, 1), (2, True, (0, 1)), (4, True, (0, 1))), 0.0)
+    recovery.add(1, standing(2, (0, 1)), 0.0)
     give(recovery, 0.0)
     assert recovery.restored().exchanges == {4: 1}
 
 
 def test_a_worker_that_was_not_asked_gives_nothing() -> None:
     recovery = Recovery(0.0)
-    recovery.add(0, standing(4, (0, 1), (4, False, (0,))))
-    recovery.add(1, standing(4, (0, 1)))
+    recovery.add(0, standing(4, (0, 1), (4, False, (0,))), 0.0)
+    recovery.add(1, standing(4, (0, 1)), 0.0)
     assert recovery.wants(0.0) == [Want(0, SliceKey(4, 0, 0))]
     assert not recovery.stored(1, result(SliceKey(4, 0, 0)))
     assert not recovery.stored(0, result(SliceKey(4, 0, 1)))
@@ -113,7 +113,7 @@ def test_a_worker_that_was_not_asked_gives_nothing() -> None:
 def test_another_one_is_asked_when_a_worker_is_lost_or_silent() -> None:
     recovery = Recovery(0.0)
     for worker in range(3):
-        recovery.add(worker, standing(4, (0, 1, 2), (4, False, (0,))))
+        recovery.add(worker, standing(4, (0, 1, 2), (4, False, (0,))), 0.0)
     (first,) = recovery.wants(0.0)
     recovery.drop(first.holder)
     (second,) = recovery.wants(0.0)
@@ -141,7 +141,7 @@ def test_what_a_living_worker_has_received_is_never_lost(seed: int) -> None:
         held = [(run, False, part)]
         if run == over:
             held.append((over - 1, True, last))
-        recovery.add(worker, standing(run, everybody, *held))
+        recovery.add(worker, standing(run, everybody, *held), 0.0)
         received |= {SliceKey(run, 0, s) for s in part}
     give(recovery, 0.0)
     assert recovery.is_complete(0.0)

@@ -170,7 +170,7 @@ class Attendance:
         self._restoring = Restoring(now, self._streams)
         self._started = True
         for worker in self._streams:
-            self._restoring.add(worker, None)
+            self._restoring.add(worker, None, now)
 
     def _restore(self, now: float) -> None:
         """Goes on with the job once everything is there that workers know."""

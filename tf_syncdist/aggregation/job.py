@@ -60,7 +60,7 @@ class Job(Attendance):
             self._memories[worker] = WorkerMemory()
             self._on_event(f"worker {worker} joined ({len(self._streams)} of {hello.num_workers})")
             if self._restoring is not None:
-                self._restoring.add(worker, standing)
+                self._restoring.add(worker, standing, now)
                 if standing is None:
                     self._welcome(worker)
                 self._restore(now)

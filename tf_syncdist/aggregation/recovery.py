@@ -11,8 +11,9 @@ from typing import NamedTuple
 from tf_syncdist.aggregation.records import Fate, SliceKey, SliceSpec
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 
-# How long the workers that were there before may take to come back.
-GRACE_SECONDS = 2.0
+# How long the workers that were there before may take to come back, after the last one that has. A
+# round is closed without those that take longer.
+GRACE_SECONDS = 4.0
 # How long they may take to give what they were asked for.
 _GIVE_SECONDS = 20.0
 
@@ -62,8 +63,9 @@ class Recovery:
         """What each worker has said."""
         return self._standings
 
-    def add(self, worker: int, standing: pb.Standing) -> None:
-        """Takes note of what a worker knows."""
+    def add(self, worker: int, standing: pb.Standing, now: float) -> None:
+        """Takes note of what a worker knows that has come now."""
+        self._since = now
         self._standings[worker] = standing
         self._gone.discard(worker)
 

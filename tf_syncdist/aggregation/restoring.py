@@ -45,12 +45,12 @@ class Restoring:
         """Fingerprints of the variables that workers hold in common."""
         return {v for s in self.standings.values() for v in s.variables}
 
-    def add(self, worker: int, standing: pb.Standing | None) -> None:
+    def add(self, worker: int, standing: pb.Standing | None, now: float) -> None:
         """Takes note of a worker that has come, and of what it knows, if it was there before."""
         if standing is None:
             self._recovery.add_new(worker)
         else:
-            self._recovery.add(worker, standing)
+            self._recovery.add(worker, standing, now)
 
     def drop(self, worker: int) -> None:
         """Takes note that a worker is gone."""

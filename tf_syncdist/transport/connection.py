@@ -1,5 +1,6 @@
 """One worker's stream to one shard."""
 
+import collections
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,8 @@ from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials, last_
 
 # What is sent: a message, or what makes it when it is its turn; `None` sends nothing.
 Outgoing = bytes | Callable[[], bytes | None]
+
+_LOOK = object()
 
 OnMessage = Callable[[pb.ToWorker, memoryview], None]
 
@@ -47,7 +50,9 @@ class Connection:
         self._on_message = on_message
         self._on_error = on_error
         self._closed = False
-        self._outgoing: queue.SimpleQueue[Outgoing | None] = queue.SimpleQueue()
+        # `None` says that nothing more comes, `_LOOK` that there is something in the background.
+        self._outgoing: queue.SimpleQueue[Outgoing | None | object] = queue.SimpleQueue()
+        self._background: collections.deque[Outgoing] = collections.deque()
         self._reader: threading.Thread | None = None
         self._channel = credentials.channel(address)
         try:
@@ -75,8 +80,17 @@ class Connection:
         )
         self._reader.start()
 
-    def send(self, message: Outgoing) -> None:
-        """Queues a message; never blocks."""
+    def send(self, message: Outgoing, in_background: bool = False) -> None:
+        """Queues a message; never blocks.
+
+        Args:
+            message: What is sent.
+            in_background: Whether to send it only when nothing else is to be sent. Such messages
+                stay in order among themselves.
+        """
+        if in_background:
+            self._background.append(message)
+            message = _LOOK
         self._outgoing.put(message)
 
     def report(self, timeout_seconds: float = 10.0) -> pb.ReportReply:
@@ -107,19 +121,28 @@ class Connection:
         self._channel.close()
 
     def _messages(self) -> Iterator[bytes]:
-        while True:
-            try:
-                message = self._outgoing.get(timeout=60.0)
-            except queue.Empty:
-                continue
-            if message is None:
-                return
+        while (message := self._next()) is not None:
             data = message if isinstance(message, bytes) else message()
             # What is sent may be large, and the next message may be long in coming.
             del message
             if data is not None:
                 yield data
             del data
+
+    def _next(self) -> Outgoing | None:
+        """Waits for the next message; returns `None` when all has been sent."""
+        while True:
+            try:
+                message = self._outgoing.get(block=not self._background, timeout=60.0)
+            except queue.Empty:
+                message = _LOOK
+            if message is not _LOOK:
+                if message is None and self._background:
+                    self._outgoing.put(None)
+                    return self._background.popleft()
+                return message
+            if self._background and self._outgoing.empty():
+                return self._background.popleft()
 
     def _read(self) -> None:
         code: grpc.StatusCode | None = grpc.StatusCode.OK

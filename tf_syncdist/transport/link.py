@@ -363,6 +363,12 @@ class Link:
         """Tells something to the shard that decides."""
         self._post(0, wire.encode(message, *pieces))
 
+    def _send_state(self, message: pb.ToAggregator, *pieces: bytes | memoryview) -> None:
+        """Gives something of a state to the shard that hands it on, without delaying anything."""
+        if self._ready[0]:
+            encode = functools.partial(wire.encode, message, *pieces)
+            self._connections[0].send(encode, in_background=True)
+
     def _send_all(self, message: pb.ToAggregator) -> None:
         data = wire.encode(message)
         for shard in range(len(self._connections)):

@@ -159,7 +159,7 @@ class StateTransfer(Link):
         if variables:
             specs = [pb.VariableSpec(name=n, dtype=d, shape=s) for n, d, s in variables]
             manifest = pb.StateManifest(request=request, run=run, rounds=rounds, variables=specs)
-            self._send_first(pb.ToAggregator(state_manifest=manifest))
+            self._send_state(pb.ToAggregator(state_manifest=manifest))
         for index, value in enumerate(values):
             # As bytes, since NumPy gives no buffer of bfloat16.
             data = memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
@@ -173,7 +173,7 @@ class StateTransfer(Link):
                     total=data.nbytes,
                 )
                 piece = data[offset : offset + _CHUNK_BYTES]
-                self._send_first(pb.ToAggregator(state_chunk=chunk), piece)
+                self._send_state(pb.ToAggregator(state_chunk=chunk), piece)
 
     def receive_state(self, specs: Sequence[Spec]) -> State:
         """Waits for variables that were asked for, or that worker 0 gives at the start.
