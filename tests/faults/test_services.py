@@ -60,6 +60,8 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
             name: pool.submit(run, tmp_path_factory.mktemp(name), seconds=200.0, **how)
             for name, how in wanted.items()
         }
+        # Those that no selected test has asked for.
+        pool.shutdown(cancel_futures=True)
 
 
 def test_a_run_is_that_of_an_undisturbed_job(jobs: Jobs) -> None:
