@@ -9,6 +9,9 @@ from tf_syncdist.transport import wire
 # Every worker's stream holds a thread of the server.
 MAX_WORKERS = 1000
 
+# No job has so many; what is counted from it stays within 64 bits.
+_MOST_RUNS = 2**48
+
 _SAME_FOR_ALL = (
     "num_workers",
     "cutoff",
@@ -55,6 +58,11 @@ def check(hello: pb.Hello, first: pb.Hello | None) -> None:
             "Expected min_workers from 1 to the number of workers, and detection_seconds from 0.1 "
             f"to 3600. Received: min_workers={hello.min_workers}, "
             f"detection_seconds={hello.detection_seconds:g} from worker {hello.worker}."
+        )
+    if hello.standing.run > _MOST_RUNS:
+        raise invalid(
+            f"Expected a worker that has done at most {_MOST_RUNS} runs. Received: "
+            f"run={hello.standing.run} from worker {hello.worker}."
         )
     for name in _SAME_FOR_ALL if first is not None else ():
         expected, received = getattr(first, name), getattr(hello, name)

@@ -183,7 +183,7 @@ class Attendance:
         self._relay.know(found.variables)
         for worker in range(self._hello.num_workers):
             standing = found.standings.get(worker)
-            if worker not in self._streams or (standing is not None and standing.left):
+            if worker not in self._streams:
                 self._leave(worker, for_good=True)
             else:
                 self._enter(worker, None if standing is None else standing.run)

@@ -133,10 +133,10 @@ class Delivery:
             self._streams.tell(worker, pb.ToWorker(history_gone=pb.HistoryGone(run=position)))
         for run in range(max(position, self._rounds.kept_from), position + WINDOW_RUNS):
             self._send_stored(worker, run)
-        for run in range(position + WINDOW_RUNS, self._rounds.runs_announced):
-            if run >= self._rounds.kept_from:
-                over = pb.RunOver(run=run, exchanges=self._rounds.exchanges(run))
-                self._streams.tell(worker, pb.ToWorker(run_over=over))
+        beyond = max(position + WINDOW_RUNS, self._rounds.kept_from)
+        for run in range(beyond, self._rounds.runs_announced):
+            over = pb.RunOver(run=run, exchanges=self._rounds.exchanges(run))
+            self._streams.tell(worker, pb.ToWorker(run_over=over))
 
     def resumed(self, worker: int) -> None:
         """Takes note that a worker goes on from a later run."""

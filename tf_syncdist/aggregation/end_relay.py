@@ -143,8 +143,8 @@ class EndRelay:
     def restore(self, standings: Iterable[pb.Standing]) -> None:
         """Takes over from a service that is gone what workers were told."""
         for standing in standings:
-            self._is_over = self._is_over or standing.left == pb.FINISHED
             if standing.HasField("job_over"):
+                self._is_over = True
                 over = (standing.job_over.run, standing.job_over.worker)
                 self._over_at = min(over, self._over_at or over)
             for stop in standing.stops:

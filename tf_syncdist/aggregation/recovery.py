@@ -173,7 +173,7 @@ class Recovery:
         }
 
     def _is_needed(self, run: int) -> bool:
-        return any(s.run <= run for s in self._standings.values() if not s.left)
+        return any(s.run <= run for s in self._standings.values())
 
     def _needed(self) -> dict[SliceKey, Collection[int]]:
         """Returns the results that are to be had, and who has them."""

@@ -272,6 +272,7 @@ class Link:
                 continue
             with self._changed:
                 if self._error is not None:
+                    anew.close()
                     break
                 self._connections[shard] = anew
                 anew.start(self._hello(shard))
