@@ -75,7 +75,9 @@ class Proxy:
                 continue
             with contextlib.suppress(TimeoutError):
                 client, _ = self._listener.accept()
-                self._forward(client)
+                # A reset may close it at any moment; the next one is to find somebody.
+                with contextlib.suppress(OSError):
+                    self._forward(client)
 
     def _forward(self, client: socket.socket) -> None:
         try:
