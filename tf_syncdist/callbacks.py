@@ -6,6 +6,7 @@ import sys
 import keras
 
 from tf_syncdist.errors import BackupError
+from tf_syncdist.strategies import adapter
 from tf_syncdist.strategies.backups import BackupDirectory
 
 __all__ = ["BackupAndRestore"]
@@ -114,7 +115,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         if not self._is_chief and epoch >= self.params.get("epochs", sys.maxsize):
             self._restore_all_there_is()
         # Keras reads it after this. It keeps it from an earlier fit, too.
-        model._initial_epoch = epoch or None
+        adapter.set_initial_epoch(model, epoch or None)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Is called by Keras."""
@@ -137,7 +138,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Deletes the backups; is called by Keras."""
-        self.model._initial_epoch = None
+        adapter.set_initial_epoch(self.model, None)
         if self._is_chief and self._delete:
             self._backups.clear()
 

@@ -195,6 +195,20 @@ class Service:
         """Starts the programs of all workers."""
         return [Worker(session) for session in self.sessions()]
 
+    def restart(self, shard: int) -> None:
+        """Ends a shard and starts another one in its place, which knows nothing."""
+        port = self.servers[shard].port
+        self.servers[shard].close(grace_seconds=0)
+        self.servers[shard] = AggregatorServer(port=port, on_event=self.events.append)
+
+    def keep_restarting(self, stop: threading.Event, seed: int, times: int = 6) -> None:
+        """Restarts some shard again and again, until that was often enough or `stop` is set."""
+        rng = np.random.default_rng(seed)
+        for _ in range(times):
+            if stop.wait(rng.uniform(0.1, 0.4)):
+                return
+            self.restart(int(rng.integers(len(self.servers))))
+
     def close(self) -> None:
         """Closes everything; may be called twice."""
         if self._sessions:

@@ -5,12 +5,10 @@ import re
 import threading
 from collections.abc import Callable
 
-import numpy as np
 import pytest
 
 from tf_syncdist.aggregation import recovery, waits
 from tf_syncdist.aggregation.records import SliceKey
-from tf_syncdist.aggregation.server import AggregatorServer
 from tf_syncdist.errors import ServiceError
 from tf_syncdist.propagation.slices import TensorSpec
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
@@ -109,9 +107,7 @@ def test_a_worker_that_comes_late_to_a_service_that_was_started_again(
     with late._changed:
         late._on_result(0, result, memoryview(bytes(way.slices[0].nbytes)))
     assert late._held[0][key.run]
-    port = service.servers[0].port
-    service.servers[0].close(grace_seconds=0)
-    service.servers[0] = AggregatorServer(port=port, on_event=service.events.append)
+    service.restart(0)
     done = threading.Event()
     answering = threading.Thread(target=workers[0].answer, args=(done,))
     service.together(*(functools.partial(w.do_runs, s, 4) for w, s in everybody[:2]))
@@ -160,17 +156,7 @@ def test_a_service_that_is_started_again_goes_on_where_it_was(
     sites = [w.site("a", "b") for w in workers]
     stop = threading.Event()
 
-    def restart() -> None:
-        rng = np.random.default_rng(b)
-        for _ in range(6):
-            if stop.wait(rng.uniform(0.1, 0.4)):
-                return
-            which = int(rng.integers(shards))
-            port = service.servers[which].port
-            service.servers[which].close(grace_seconds=0)
-            service.servers[which] = AggregatorServer(port=port, on_event=service.events.append)
-
-    thread = threading.Thread(target=restart)
+    thread = threading.Thread(target=service.keep_restarting, args=(stop, b))
     thread.start()
     count = 200
     try:

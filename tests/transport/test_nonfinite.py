@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from tf_syncdist.aggregation.server import AggregatorServer
 from tf_syncdist.errors import NonFiniteGradientError
 from tf_syncdist.propagation.rows import Rows
 from tf_syncdist.propagation.slices import TensorSpec
@@ -287,21 +286,11 @@ def test_a_service_that_is_started_again_knows_who_keeps_back(serve: Serve, shar
     ]
     stop = threading.Event()
 
-    def restart() -> None:
-        rng = np.random.default_rng(shards)
-        for _ in range(6):
-            if stop.wait(rng.uniform(0.1, 0.4)):
-                return
-            which = int(rng.integers(shards))
-            port = service.servers[which].port
-            service.servers[which].close(grace_seconds=0)
-            service.servers[which] = AggregatorServer(port=port, on_event=service.events.append)
-
     def train(worker: int) -> list[list[np.ndarray]]:
         mine = values[worker * 120 : (worker + 1) * 120]
         return [trainers[worker].do_run(*value)[0] for value in mine]
 
-    thread = threading.Thread(target=restart)
+    thread = threading.Thread(target=service.keep_restarting, args=(stop, shards))
     thread.start()
     try:
         results = service.together(*(functools.partial(train, w) for w in range(3)))

@@ -161,7 +161,9 @@ class Job(Attendance):
                 self._close(self._rounds.tick(now))
                 self._gathers.close(now)
                 self._relay.tick(now)
-            for text in self._waits.due(self._rounds, self._relay, self._members, now):
+            for text in self._waits.due(
+                self._rounds, self._relay.waiting_for(), self._members, now
+            ):
                 self._streams.tell_all(pb.ToWorker(notice=pb.Notice(text=text)))
             # Workers that never came, or died before they could, must not keep the service.
             self._alone_since = None if self._streams else self._alone_since or now

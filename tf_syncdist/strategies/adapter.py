@@ -469,8 +469,10 @@ def last_call() -> tf.Operation | None:
     return None
 
 
-def set_initial_epoch(model: keras.Model, epoch: int) -> None:
-    """Lets a fit that is about to begin start with an epoch.
+def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
+    """Lets a fit that is about to begin start with an epoch, `None` for the one it was given.
+
+    Keras keeps it for later fits.
 
     `fit` reads the private attribute after `on_train_begin`, as Keras' own BackupAndRestore relies
     on; there is no public way from a callback. Tried with Keras 3.10 and 3.15.

@@ -177,6 +177,7 @@ class FitCallback(keras.callbacks.Callback):
         self._on_begin = on_begin
         self._on_epoch_begin = on_epoch_begin
         self._on_epoch = on_epoch
+        self._has_set_epoch = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Is called by Keras."""
@@ -184,6 +185,13 @@ class FitCallback(keras.callbacks.Callback):
         if epoch is not None:
             # Keras reads it when all callbacks have been called.
             adapter.set_initial_epoch(self.model, min(epoch, self.params["epochs"]))
+            self._has_set_epoch = True
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Is called by Keras."""
+        if self._has_set_epoch:
+            # The next fit is to begin with its own.
+            adapter.set_initial_epoch(self.model, None)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Is called by Keras."""
