@@ -143,6 +143,28 @@ def test_who_joins_late_gets_what_was_gathered(serve: Serve) -> None:
     assert metrics(service.session(2), 0, np.ones(1)).tolist() == [2]
 
 
+def test_who_goes_on_from_a_later_run_gets_what_was_gathered_before(serve: Serve) -> None:
+    """It has taken over a state of run 2, and its program has yet to pass the end of run 1."""
+    service = serve(3, b=1)
+    first, second, third = service.sessions()
+
+    def gather(run: int) -> None:
+        service.together(
+            *(functools.partial(metrics, s, run, np.ones(1)) for s in (first, second))
+        )
+        service.until(lambda: (pb.METRICS, run) in third._gathered)
+
+    for run in range(2):
+        service.together(*(functools.partial(do_run, s, run) for s in (first, second)))
+        if not run:
+            gather(1)
+    service.until(lambda: third.exchanges_of(1) is not None)
+    third.resume(2, 2)
+    gather(2)
+    assert metrics(third, 1, np.ones(1)).tolist() == [2]
+    assert metrics(third, 2, np.ones(1)).tolist() == [2]
+
+
 def test_kinds_do_not_mix_and_nothing_stays(serve: Serve) -> None:
     service = serve(2)
     sessions = service.sessions()

@@ -61,6 +61,9 @@ class GatherRelay:
         if self._gathers.contribute(worker, key, part, now):
             total = self._totals.setdefault(key, np.zeros(values.size))
             sums.add(total, None, values)
+        elif key in self._results:
+            # Who has taken over a later state may have thrown away what it was told before.
+            self._streams[worker].put(self._results[key])
         self.close(now)
 
     def close(self, now: float) -> None:
