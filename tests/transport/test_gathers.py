@@ -149,9 +149,7 @@ def test_who_goes_on_from_a_later_run_gets_what_was_gathered_before(serve: Serve
     first, second, third = service.sessions()
 
     def gather(run: int) -> None:
-        service.together(
-            *(functools.partial(metrics, s, run, np.ones(1)) for s in (first, second))
-        )
+        service.together(*(functools.partial(metrics, s, run, np.ones(1)) for s in (first, second)))
         service.until(lambda: (pb.METRICS, run) in third._gathered)
 
     for run in range(2):
