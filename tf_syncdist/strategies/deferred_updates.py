@@ -42,6 +42,7 @@ class DeferredUpdate:
         self._wire: list[tf.Tensor | tf.IndexedSlices] = []
         self._dtypes: list[tf.DType] = []
         self._pushed = 0
+        self._before: list[tf.Tensor] = []
         self._settled: Callable | None = None
         self._ids: set[int] = set()
 
@@ -119,15 +120,15 @@ class DeferredUpdate:
         step = tf.convert_to_tensor(optimizer.iterations.value)
         buckets = self.way.buckets
         last = max(len(buckets) - 1, 0) if self._controller.offers_early else 0
+        # The service is to hear that the run before is done before it hears of this one.
+        before, self._before = self._before, []
         for number, bucket in enumerate(buckets[:last]):
-            offer = functools.partial(self._controller.offer, self.way, number)
-            emit(lambda *arrays, offer=offer: offer(arrays), self._parts(bucket.tensors))
-
-        def offer_last(*arrays: np.ndarray) -> None:
-            self._controller.offer_last(self.way, last, arrays[:2], arrays[2:])
-
+            offer = functools.partial(_offer, self._controller, self.way, number, len(before))
+            emit(offer, [*before, *self._parts(bucket.tensors)])
+            before = []
         rest = [t for bucket in buckets[last:] for t in bucket.tensors]
-        emit(offer_last, [learning_rate, step, *self._parts(rest)])
+        offer = functools.partial(_offer_last, self._controller, self.way, last, len(before))
+        emit(offer, [*before, learning_rate, step, *self._parts(rest)])
         self._pushed = len(graph.get_operations())
 
     def check(self, graph: tf.Graph) -> None:
@@ -149,38 +150,46 @@ class DeferredUpdate:
 
     def begin_trace(self) -> None:
         """Takes note that the function is traced again."""
-        self._held, self._wire, self._pushed = [], [], 0
+        self._held, self._wire, self._pushed, self._before = [], [], 0, []
 
     # In the run that follows.
 
-    def emit_update(self) -> tf.Operation:
+    def emit_update(self, begun: tf.Tensor) -> None:
         """Emits the update of the run before into the graph of this one.
 
-        Returns:
-            An operation after which the run before is done.
+        TensorFlow executes stateful operations without variables in the order of their creation, so
+        the forward pass would wait for these. They are called stateless, and given something that
+        differs from run to run: whatever depends on constants only is computed once.
+
+        Args:
+            begun: A tensor that is there when the run has begun.
         """
         controller, way = self._controller, self.way
-        learning_rate, step = tf.numpy_function(controller.pending_settings, [], self._settings)
+        learning_rate, step = tf.numpy_function(
+            lambda _: controller.pending_settings(), [begun], self._settings, stateful=False
+        )
         learning_rate.set_shape(())
         step.set_shape(())
-        previous, updates = step.op, []
+        token, updates = begun, []
         for number in reversed(range(len(way.buckets))):
             tensors = way.buckets[number].tensors
             # One receive waits at a time: each holds one of TensorFlow's threads.
-            with tf.control_dependencies([previous]):
-                results = tf.numpy_function(
-                    functools.partial(controller.pending_part, number),
-                    [],
-                    [tf.as_dtype(way.specs[t].dtype) for t in tensors],
-                )
-            results = list(results) if isinstance(results, list | tuple) else [results]
-            previous = results[0].op
+            token, *results = tf.numpy_function(
+                functools.partial(_received, controller, number),
+                [token],
+                [begun.dtype, *(tf.as_dtype(way.specs[t].dtype) for t in tensors)],
+                stateful=False,
+            )
             for result, tensor in zip(results, tensors, strict=True):
                 result.set_shape(way.specs[tensor].shape)
             self._updates[number](tuple(results), learning_rate, step)
             updates.append(adapter.last_call())
-        with tf.control_dependencies([previous, *updates]):
-            return tf.numpy_function(controller.finish_pending, [], [])
+        with tf.control_dependencies(updates):
+            # What nobody takes a value of is left out, although others wait for it.
+            done = tf.numpy_function(
+                functools.partial(_finished, controller), [token], begun.dtype, stateful=False
+            )
+        self._before = [done]
 
     def update_all(self, results: Sequence[tf.Tensor], learning_rate: Any, step: Any) -> None:
         """Makes the whole update, by the very functions that make it in parts."""
@@ -225,6 +234,28 @@ class DeferredUpdate:
                 self._apply(gradients, learning_rate, tensors)
 
         return tf.function(update, autograph=False)
+
+
+def _offer(
+    controller: RunController, way: Plan, number: int, skipped: int, *arrays: np.ndarray
+) -> None:
+    controller.offer(way, number, arrays[skipped:])
+
+
+def _offer_last(
+    controller: RunController, way: Plan, number: int, skipped: int, *arrays: np.ndarray
+) -> None:
+    rate, step, *rest = arrays[skipped:]
+    controller.offer_last(way, number, [rate, step], rest)
+
+
+def _received(controller: RunController, number: int, token: np.ndarray) -> list[np.ndarray]:
+    return [token, *controller.pending_part(number)]
+
+
+def _finished(controller: RunController, token: np.ndarray) -> np.ndarray:
+    controller.finish_pending()
+    return token
 
 
 def parts(values: Any) -> list[tf.Tensor]:

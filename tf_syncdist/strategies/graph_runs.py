@@ -83,7 +83,7 @@ def run_in_graph(runs: Runs, fn: Callable[[], Any], inputs: Any) -> Any:
         site.reset()
         runs.fold_seed()
         with runs.at(site):
-            site.last_exchange = site.deferral.emit_update()
+            site.deferral.emit_update(mode)
             return fn()
 
     def computed(traced: Any = traced) -> Any:

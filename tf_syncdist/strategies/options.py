@@ -85,6 +85,18 @@ def check_nonfinite(nonfinite: str) -> None:
         raise ValueError(f"`nonfinite` must be one of {POLICIES}. Received: {nonfinite!r}.")
 
 
+def check_limit(limit_gbps: float | None) -> None:
+    """Checks a bandwidth.
+
+    Raises:
+        ValueError: If nothing could pass.
+    """
+    if limit_gbps is not None and not 0 < limit_gbps <= 1000:
+        raise ValueError(
+            f"`limit_gbps` must be above 0 and at most 1000. Received: limit_gbps={limit_gbps}."
+        )
+
+
 def check_order(deterministic: bool, cutoff: CutoffPolicy, num_workers: int) -> None:
     """Checks that sums can be made in the order of the workers, if they are to be.
 

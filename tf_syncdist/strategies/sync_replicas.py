@@ -100,6 +100,9 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         detection_seconds: A worker of which nothing is heard for so long is not waited for until
             it is heard of again; less where rounds are fast (300 of them, but at least 1 s). One
             whose process ends is noticed at once. Default: 3. Raise it if machines stall.
+        limit_gbps: Lets so many gigabits per second pass between this worker and the service, in
+            each direction, to try on one machine what a thin network does; use transport="grpc"
+            with it, since memory has no limit. Default: `None`, no limit.
         connect_timeout_seconds: How long to wait for the service to answer, at the start and when
             it went away. Default: 30.
         timeout_seconds: How long to wait for other workers, at the start and in each round.
@@ -147,6 +150,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         history_bytes: int = 512 * 2**20,
         min_workers: int = 1,
         detection_seconds: float = 3.0,
+        limit_gbps: float | None = None,
         connect_timeout_seconds: float = 30.0,
         timeout_seconds: float = 600.0,
         print_report: bool = True,
@@ -154,6 +158,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         policy = options.policy(backup_workers, cutoff)
         options.check(bucket_bytes, transport, compression, history_rounds, history_bytes)
         options.check_nonfinite(nonfinite)
+        options.check_limit(limit_gbps)
         propagation = options.propagation(propagation)
         role = roles.resolve(cluster_resolver)
         self._aggregate = policy.replicas_to_aggregate(role.num_workers)
@@ -189,6 +194,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
                 propagation=serialize_propagation(propagation),
                 credit_bytes=getattr(propagation, "credit_bytes", 0),
                 runs_ahead=int(isinstance(propagation, PriorityPropagation)),
+                limit_gbps=limit_gbps or 0.0,
             )
             self._member = Membership(role, config, print_report)
         self._registry = VariableRegistry()

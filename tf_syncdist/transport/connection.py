@@ -12,6 +12,7 @@ from tf_syncdist.propagation.queue import CreditQueue, Urgency
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials, last_error
+from tf_syncdist.transport.limiter import Limiter
 
 # What is sent: a message, or what makes it when it is its turn; `None` sends nothing.
 Outgoing = bytes | Callable[[], bytes | None]
@@ -34,6 +35,7 @@ class Connection:
         timeout_seconds: How long to wait for the service.
         credentials: What is shown to the service, and demanded of it.
         credit_bytes: How many bytes of slices may be on their way, if they are sent by urgency.
+        limiters: Of what is sent and of what is received, if there are any.
 
     Raises:
         AggregatorUnreachableError: If nothing answers in time.
@@ -48,6 +50,7 @@ class Connection:
         timeout_seconds: float = 30.0,
         credentials: Credentials = NO_CREDENTIALS,
         credit_bytes: int = 0,
+        limiters: tuple[Limiter, Limiter] | None = None,
     ) -> None:
         self.address = address
         self._on_message = on_message
@@ -56,6 +59,7 @@ class Connection:
         # `None` says that nothing more comes, `_LOOK` that there is something in the background.
         self._outgoing: queue.SimpleQueue[Outgoing | None | object] = queue.SimpleQueue()
         self._background: collections.deque[Outgoing] = collections.deque()
+        self._sends, self._receives = limiters or (Limiter(0.0), Limiter(0.0))
         self._lock = threading.Lock()
         self._slices: CreditQueue[Outgoing] = CreditQueue(credit_bytes)
         self._reader: threading.Thread | None = None
@@ -149,6 +153,7 @@ class Connection:
             # What is sent may be large, and the next message may be long in coming.
             del message
             if data is not None:
+                self._sends.take(len(data))
                 yield data
             del data
 
@@ -191,6 +196,7 @@ class Connection:
         code: grpc.StatusCode | None = grpc.StatusCode.OK
         try:
             for data in self._call:
+                self._receives.take(len(data))
                 self._on_message(*wire.decode(pb.ToWorker, data))
             error = ServiceError(
                 f"Expected the aggregation service at {self.address} to stay until the end of the "

@@ -21,6 +21,7 @@ from tf_syncdist.transport import wire
 from tf_syncdist.transport.connection import Connection, Outgoing
 from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
 from tf_syncdist.transport.heartbeat import Heartbeat
+from tf_syncdist.transport.limiter import Limiter
 from tf_syncdist.transport.memory import Lending, Opened
 from tf_syncdist.transport.segments import SegmentError, host_id
 
@@ -58,6 +59,7 @@ class SessionConfig(NamedTuple):
         propagation: How gradients travel, serialized.
         credit_bytes: See `PriorityPropagation`; 0 if slices leave in the order in which they come.
         runs_ahead: By how many runs this worker may be ahead of the last one it has finished.
+        limit_gbps: How much may pass in each direction; 0 for no limit.
     """
 
     addresses: tuple[str, ...]
@@ -77,6 +79,7 @@ class SessionConfig(NamedTuple):
     propagation: str = ""
     credit_bytes: int = 0
     runs_ahead: int = 0
+    limit_gbps: float = 0.0
 
 
 class Link:
@@ -103,6 +106,7 @@ class Link:
         self._error: Exception | None = None
         self._incarnation = random.SystemRandom().getrandbits(63)
         self._connections: list[Connection] = []
+        self._limiters = (Limiter(config.limit_gbps), Limiter(config.limit_gbps))
         self._ready = [False for _ in config.addresses]
         self._welcomes: list[pb.Welcome | None] = [None for _ in config.addresses]
         self._down_since: list[float | None] = [None for _ in config.addresses]
@@ -159,6 +163,7 @@ class Link:
                         config.connect_timeout_seconds,
                         config.credentials,
                         config.credit_bytes,
+                        self._limiters,
                     )
                 )
                 self._down_since[shard] = time.monotonic()
@@ -278,6 +283,7 @@ class Link:
                     min(left, 5.0),
                     self.config.credentials,
                     self.config.credit_bytes,
+                    self._limiters,
                 )
             except AggregatorUnreachableError:
                 continue
