@@ -8,6 +8,7 @@ faults at random, and never more than the job can bear.
 
 import dataclasses
 import random
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 KILL, KILL_CHILD, STOP, CUT, RESET = "kill", "kill_child", "stop", "cut", "reset"
@@ -189,6 +190,27 @@ class Chaos:
         )
         self.happened.append(fault)
         return [fault]
+
+
+class Agenda:
+    """What is to be done later, such as starting again what was killed."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[float, Callable[[], None]]] = []
+
+    def add(self, at: float, act: Callable[[], None]) -> None:
+        """Notes what is to be done, and when."""
+        self._entries.append((at, act))
+
+    def due(self, now: float) -> list[Callable[[], None]]:
+        """Returns what is to be done now; each is returned once.
+
+        The clock is read once, by the caller: what became due between two readings would be
+        neither returned nor kept.
+        """
+        due = [act for at, act in self._entries if at <= now]
+        self._entries = [(at, act) for at, act in self._entries if at > now]
+        return due
 
 
 def _task(worker: int | None, ps: int | None) -> str:

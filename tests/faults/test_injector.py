@@ -2,7 +2,7 @@
 
 import pytest
 
-from .injector import CUT, KILL, RESET, STOP, Chaos, Fault, Faults, View
+from .injector import CUT, KILL, RESET, STOP, Agenda, Chaos, Fault, Faults, View
 
 
 def view(now: float = 0.0, sound: str = "0123", services: str = "0", **rounds: int) -> View:
@@ -83,3 +83,13 @@ def test_chaos_is_the_same_again_with_the_same_seed() -> None:
 
     assert draw(3) == draw(3) != draw(4)
     assert any(f.task == "ps 0" for seed in range(5) for f in draw(seed))
+
+
+def test_an_agenda_forgets_nothing() -> None:
+    agenda, done = Agenda(), []
+    for at in range(100):
+        agenda.add(at / 10, lambda at=at: done.append(at))
+    for now in (0.05, 0.1, 3.14159, 3.2, 9.9, 20.0):
+        for act in agenda.due(now):
+            act()
+    assert done == list(range(100))
