@@ -123,13 +123,15 @@ class Faults:
         if self._left is None:
             self._left = list(self.planned)
         front = max(view.rounds.values(), default=-1)
-        due = []
+        due: list[Fault] = []
         for fault in self._left:
+            # A second fault of a task waits until the first one has been seen to, and a worker to
+            # which something happens now does not count as one that is left.
+            struck = {d.task for d in due}
             done = front if fault.task in view.services else view.rounds.get(fault.task, -1)
-            if done >= fault.at_round and len(view.sound - {fault.task}) >= fault.spare:
+            spared = len(view.sound - struck - {fault.task}) >= fault.spare
+            if done >= fault.at_round and spared and fault.task not in struck:
                 due.append(fault)
-        # A second fault of a task waits until the first one has been seen to.
-        due = [f for i, f in enumerate(due) if f.task not in {d.task for d in due[:i]}]
         self._left = [f for f in self._left if f not in due]
         return due
 

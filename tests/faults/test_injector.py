@@ -56,6 +56,13 @@ def test_a_fault_can_wait_for_others_to_be_sound() -> None:
     assert len(faults.due(view(sound="12", w0=5, w1=4, w2=5))) == 1
 
 
+def test_a_worker_that_is_killed_now_does_not_spare_another() -> None:
+    faults = Faults().kill(worker=0, at_round=2).kill(worker=2, at_round=4).sparing(1)
+    assert [f.task for f in faults.due(view(sound="02", w0=9, w2=9))] == ["worker 0"]
+    assert faults.due(view(sound="2", w2=9)) == []
+    assert [f.task for f in faults.due(view(sound="12", w1=9, w2=9))] == ["worker 2"]
+
+
 def test_a_service_has_done_what_the_foremost_worker_has() -> None:
     faults = Faults().kill(ps=0, at_round=4)
     assert faults.due(view(w0=3, w1=1)) == []
