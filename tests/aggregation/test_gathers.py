@@ -130,6 +130,33 @@ def test_an_exchange_is_forgotten_when_every_present_worker_is_past_it() -> None
     assert job.gathers.forget({0, 1}) == [key(4)]
 
 
+def test_nothing_is_forgotten_that_a_worker_skips_to() -> None:
+    """It goes on from the state of run 5; its program has done one run."""
+    job = Job(3, BackupWorkers(1))
+    for run in (2, 4):
+        for worker in (0, 1):
+            job.come(worker, run)
+    job.at = [5, 5, 5]
+    job.gathers.skip(2, 1)
+    job.gathers.skip(2, 3)
+    assert job.gathers.forget({0, 1, 2}) == []
+    assert job.come(2, 2) == (False, [])
+    job.at[2] = 6
+    job.gathers.arrive(2)
+    assert job.gathers.forget({0, 1, 2}) == [key(2), key(4)]
+
+
+def test_who_asks_for_what_is_dropped_is_alone_in_it() -> None:
+    job = Job(3, BackupWorkers(1))
+    job.come(0, 2)
+    job.gathers.drop(key(2))
+    assert job.come(1, 2) == (True, [gathered(2, (0, 1))])
+    job.at = [3, 3, 3]
+    job.gathers.drop(key(2))
+    assert job.gathers.contribute(2, key(2), part(2), 0.0)
+    assert job.gathers.close(0.0) == [gathered(2, (2,))]
+
+
 def test_an_open_exchange_is_not_forgotten() -> None:
     job = Job(3, FullSync())
     job.come(0, 2)

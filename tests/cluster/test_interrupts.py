@@ -152,6 +152,30 @@ def test_an_exception_that_is_being_made_is_finished_first(number: signal.Signal
     assert ended.output == f"[1] ['{number.name}']\n"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_library_does_not_lose_an_interrupt(number: signal.Signals) -> None:
+    """Where an object is destroyed Python prints an exception and forgets it."""
+    code = """
+        import weakref
+
+        class Key:
+            pass
+
+        held = weakref.WeakKeyDictionary()
+        ready()
+        while True:
+            held[Key()] = 1
+    """
+    ended = Ended(code, number)
+    assert ended.status == (143 if number == signal.SIGTERM else -number)
+    assert "ignored" not in ended.errors and ended.seconds < 2
+
+
+def test_a_library_that_does_not_come_back_is_interrupted() -> None:
+    ended = Ended("ready(); threading.Event().wait(30)", signal.SIGINT)
+    assert ended.status == -signal.SIGINT and ended.seconds < 2
+
+
 def test_an_interrupt_that_nobody_catches_has_its_usual_end() -> None:
     ended = Ended("ready(); time.sleep(30)", signal.SIGINT)
     assert ended.status == -signal.SIGINT

@@ -8,6 +8,7 @@ faults at random, and never more than the job can bear.
 
 import dataclasses
 import random
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 KILL, KILL_CHILD, STOP, CUT, RESET = "kill", "kill_child", "stop", "cut", "reset"
@@ -122,13 +123,15 @@ class Faults:
         if self._left is None:
             self._left = list(self.planned)
         front = max(view.rounds.values(), default=-1)
-        due = []
+        due: list[Fault] = []
         for fault in self._left:
+            # A second fault of a task waits until the first one has been seen to, and a worker to
+            # which something happens now does not count as one that is left.
+            struck = {d.task for d in due}
             done = front if fault.task in view.services else view.rounds.get(fault.task, -1)
-            if done >= fault.at_round and len(view.sound - {fault.task}) >= fault.spare:
+            spared = len(view.sound - struck - {fault.task}) >= fault.spare
+            if done >= fault.at_round and spared and fault.task not in struck:
                 due.append(fault)
-        # A second fault of a task waits until the first one has been seen to.
-        due = [f for i, f in enumerate(due) if f.task not in {d.task for d in due[:i]}]
         self._left = [f for f in self._left if f not in due]
         return due
 
@@ -189,6 +192,27 @@ class Chaos:
         )
         self.happened.append(fault)
         return [fault]
+
+
+class Agenda:
+    """What is to be done later, such as starting again what was killed."""
+
+    def __init__(self) -> None:
+        self._entries: list[tuple[float, Callable[[], None]]] = []
+
+    def add(self, at: float, act: Callable[[], None]) -> None:
+        """Notes what is to be done, and when."""
+        self._entries.append((at, act))
+
+    def due(self, now: float) -> list[Callable[[], None]]:
+        """Returns what is to be done now; each is returned once.
+
+        The clock is read once, by the caller: what became due between two readings would be
+        neither returned nor kept.
+        """
+        due = [act for at, act in self._entries if at <= now]
+        self._entries = [(at, act) for at, act in self._entries if at > now]
+        return due
 
 
 def _task(worker: int | None, ps: int | None) -> str:

@@ -15,7 +15,7 @@ from tf_syncdist.cluster.ports import reserve_ports
 
 from ..multi_worker.forkserver import ForkedProcess
 from ..multi_worker.harness import environment, fork_server
-from .injector import CUT, KILL, KILL_CHILD, RESET, STOP, Fault, Plan, View
+from .injector import CUT, KILL, KILL_CHILD, RESET, STOP, Agenda, Fault, Plan, View
 from .network import Machine
 from .proxy import Proxy
 
@@ -130,7 +130,7 @@ class FaultyJob:
         self._stack = contextlib.ExitStack()
         self._proxies: dict[str, list[Proxy]] = {}
         self._disturbed: set[str] = set()
-        self._later: list[tuple[float, Callable[[], None]]] = []
+        self._later = Agenda()
         self._started_at = time.monotonic()
         self._joined_at: float | None = None
         try:
@@ -307,9 +307,7 @@ class FaultyJob:
                 self._fail(f"{task} has ended with status {life.status} in life {life.number}")
 
     def _let_happen(self) -> None:
-        due = [act for at, act in self._later if at <= self._now()]
-        self._later = [(at, act) for at, act in self._later if at > self._now()]
-        for act in due:
+        for act in self._later.due(self._now()):
             act()
         view = self._view()
         if self._joined_at is not None:
@@ -363,7 +361,7 @@ class FaultyJob:
             self._disturbed.discard(fault.task)
             act()
 
-        self._later.append((self._now() + seconds, undo))
+        self._later.add(self._now() + seconds, undo)
 
     def _restart(self, task: str) -> None:
         life = self.lives[task][-1]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from .injector import CUT, KILL, RESET, STOP, Chaos, Fault, Faults, View
+from .injector import CUT, KILL, RESET, STOP, Agenda, Chaos, Fault, Faults, View
 
 
 def view(now: float = 0.0, sound: str = "0123", services: str = "0", **rounds: int) -> View:
@@ -56,6 +56,13 @@ def test_a_fault_can_wait_for_others_to_be_sound() -> None:
     assert len(faults.due(view(sound="12", w0=5, w1=4, w2=5))) == 1
 
 
+def test_a_worker_that_is_killed_now_does_not_spare_another() -> None:
+    faults = Faults().kill(worker=0, at_round=2).kill(worker=2, at_round=4).sparing(1)
+    assert [f.task for f in faults.due(view(sound="02", w0=9, w2=9))] == ["worker 0"]
+    assert faults.due(view(sound="2", w2=9)) == []
+    assert [f.task for f in faults.due(view(sound="12", w1=9, w2=9))] == ["worker 2"]
+
+
 def test_a_service_has_done_what_the_foremost_worker_has() -> None:
     faults = Faults().kill(ps=0, at_round=4)
     assert faults.due(view(w0=3, w1=1)) == []
@@ -83,3 +90,13 @@ def test_chaos_is_the_same_again_with_the_same_seed() -> None:
 
     assert draw(3) == draw(3) != draw(4)
     assert any(f.task == "ps 0" for seed in range(5) for f in draw(seed))
+
+
+def test_an_agenda_forgets_nothing() -> None:
+    agenda, done = Agenda(), []
+    for at in range(100):
+        agenda.add(at / 10, lambda at=at: done.append(at))
+    for now in (0.05, 0.1, 3.14159, 3.2, 9.9, 20.0):
+        for act in agenda.due(now):
+            act()
+    assert done == list(range(100))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from tf_syncdist.aggregation import gathers
 from tf_syncdist.aggregation.rounds import Fate
 from tf_syncdist.errors import ServiceError
 from tf_syncdist.propagation.slices import TensorSpec, plan
@@ -164,6 +165,43 @@ def test_who_goes_on_from_a_later_run_gets_what_was_gathered_before(serve: Serve
     assert metrics(third, 2, np.ones(1)).tolist() == [2]
 
 
+def test_who_skips_runs_stops_where_the_others_have_stopped(serve: Serve) -> None:
+    """They are in the next training already when it comes to the end of the one before."""
+    service = serve(3, b=1)
+    first, second, third = service.sessions()
+
+    def work(session: Session) -> None:
+        for run in range(5):
+            do_run(session, run)
+            if run == 1:
+                assert session.gather(pb.STOP, 2, 2, stop=session is first).stop
+
+    service.together(*(functools.partial(work, s) for s in (first, second)))
+    service.until(lambda: third.exchanges_of(4) is not None)
+    third.resume(5, 5)
+    service.together(*(functools.partial(do_run, s, 5) for s in (first, second)))
+    service.until(lambda: third.exchanges_of(5) is not None)
+    assert third.gather(pb.STOP, 2, 2).stop
+    third.finish(5, 1, Fate.REPLAYED)
+    service.until(lambda: not service.servers[0].job._gathers._results)
+
+
+def test_who_asks_for_what_is_kept_no_more_does_not_wait(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gathers, "_MOST_RESULT_BYTES", 0)
+    service = serve(3, b=1)
+    first, second, third = service.sessions()
+    service.together(*(functools.partial(do_run, s, 0) for s in (first, second)))
+    service.together(*(functools.partial(metrics, s, 1, np.ones(1)) for s in (first, second)))
+    service.together(*(functools.partial(do_run, s, 1) for s in (first, second)))
+    service.until(lambda: third.exchanges_of(1) is not None)
+    third.resume(2, 2)
+    # Whatever was told by then is thrown away with this.
+    third._gathered.clear()
+    assert metrics(third, 1, np.ones(1)).tolist() == [1]
+
+
 def test_kinds_do_not_mix_and_nothing_stays(serve: Serve) -> None:
     service = serve(2)
     sessions = service.sessions()
@@ -180,9 +218,9 @@ def test_kinds_do_not_mix_and_nothing_stays(serve: Serve) -> None:
 
     service.together(*(functools.partial(work, s) for s in sessions))
     job = service.servers[0].job
-    gathers = job._gathers
-    service.until(lambda: not gathers._results and not gathers._gathers._gathers)
-    assert not gathers._totals
+    relay = job._gathers
+    service.until(lambda: not relay._results and not relay._gathers._gathers)
+    assert not relay._totals
 
 
 def test_what_others_gather_does_not_pile_up(serve: Serve) -> None:

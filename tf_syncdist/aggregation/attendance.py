@@ -222,6 +222,8 @@ class Attendance:
         self._ends.enter(worker)
         if run is None:
             self._delivery.leave(worker)
+            # Its program begins with the epoch, whatever state it is going to be given.
+            self._gathers.enter(worker, self._epoch.run)
 
     def _silence(self, worker: int, now: float) -> None:
         if worker in self._present:

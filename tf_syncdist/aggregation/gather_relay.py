@@ -58,6 +58,9 @@ class GatherRelay:
         values = np.frombuffer(payload, "<f8")
         key = GatherKey(message.kind, message.serial)
         part = Part(message.run, message.layout, values.size, tuple(message.hashes), message.stop)
+        if key not in self._results:
+            # Without a result to give, it is better alone in it than waiting for ever.
+            self._gathers.drop(key)
         if self._gathers.contribute(worker, key, part, now):
             total = self._totals.setdefault(key, np.zeros(values.size))
             sums.add(total, None, values)
@@ -91,8 +94,18 @@ class GatherRelay:
         for message in self._results.values():
             self._streams[worker].put(message)
 
-    def forget(self, present: Collection[int]) -> None:
-        """Forgets what every present worker has gone past."""
+    def enter(self, worker: int, run: int) -> None:
+        """Takes note of a new process of a worker, whose program begins after `run` runs."""
+        self._gathers.arrive(worker)
+        self._gathers.skip(worker, run)
+
+    def skip(self, worker: int, run: int) -> None:
+        """Keeps what was gathered after `run` runs for a worker that has yet to ask for it."""
+        self._gathers.skip(worker, run)
+
+    def forget(self, worker: int, present: Collection[int]) -> None:
+        """Forgets what every present worker has gone past, now that a worker has done a run."""
+        self._gathers.arrive(worker)
         for key in self._gathers.forget(present):
             self._results.pop(key, None)
 

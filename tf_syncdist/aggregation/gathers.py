@@ -109,6 +109,8 @@ class Gathers:
         self._begun = begun
         self._awaited = awaited or (lambda: set(range(num_workers)))
         self._gathers: dict[GatherKey, _Gather] = {}
+        # Workers that skip runs, and where their programs are.
+        self._skipping: dict[int, int] = {}
 
     def contribute(self, worker: int, key: GatherKey, part: Part, now: float) -> bool:
         """Takes note of a worker's message and returns whether its values are to be added.
@@ -185,9 +187,30 @@ class Gathers:
         gather.run, gather.closed = run, True
         return True
 
+    def skip(self, worker: int, run: int) -> None:
+        """Takes note that a worker goes on from a later state than its program, which skips runs.
+
+        It will ask for what was gathered in between; it must not be alone in that, since it might
+        not stop a training that the others have stopped.
+
+        Args:
+            worker: The worker.
+            run: How many runs its program has done.
+        """
+        self._skipping[worker] = min(run, self._skipping.get(worker, run))
+
+    def arrive(self, worker: int) -> None:
+        """Takes note that a worker's program does runs and does not skip them any more."""
+        self._skipping.pop(worker, None)
+
+    def drop(self, key: GatherKey) -> None:
+        """Forgets a gather that is closed, because its result is not kept any more."""
+        if key in self._gathers and self._gathers[key].closed:
+            del self._gathers[key]
+
     def forget(self, present: Collection[int]) -> list[GatherKey]:
         """Forgets gathers that every present worker has gone past, and returns them."""
-        done = min((self._begun(w) for w in present), default=0)
+        done = min((self._skipping.get(w, self._begun(w)) for w in present), default=0)
         gone = [k for k, gather in self._gathers.items() if gather.closed and gather.run < done]
         for key in gone:
             del self._gathers[key]

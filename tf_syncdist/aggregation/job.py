@@ -304,11 +304,13 @@ class Job(Attendance):
             self._members.round_ended(self._clock())
         self._delivery.progress(worker, progress)
         self._ends.run_finished(message.run)
-        self._gathers.forget(self._present)
+        self._gathers.forget(worker, self._present)
         self._gathers.close(self._clock())
 
     def _on_resume(self, worker: int, message: pb.Resume, *_: object) -> None:
+        before = self._rounds.position(worker)
         self._rounds.resume(worker, message.run, message.missed)
+        self._gathers.skip(worker, before)
         self._delivery.resumed(worker)
 
     def _on_gather(self, worker: int, message: pb.Gather, payload: memoryview) -> None:

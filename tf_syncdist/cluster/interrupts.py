@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from tf_syncdist.cluster.frames import WhenItGoesOn, exception_being_made, innermost_of_program
+
 OnSignal = Callable[[signal.Signals], None]
 
 # An orderly end has this long. With what comes after it, a process ends within 5 s of its signal.
@@ -31,7 +33,9 @@ _FLUSH_SECONDS = 0.5
 # The main thread is sent a signal again, more and more seldom, until it has taken notice.
 _FIRST_PAUSE_SECONDS = 0.005
 _MAX_PAUSE_SECONDS = 0.1
-_INNERMOST_FRAMES = 4
+
+# A library may take so long to come back to the program, until an exception is raised within it.
+_POLITE_SECONDS = 0.5
 
 # The main thread may act on a signal before the watching thread has looked at the clock.
 _SOONER_SECONDS = 0.5
@@ -107,6 +111,7 @@ class _Watch:
         self._raised_at = dict.fromkeys((signal.SIGINT, signal.SIGTERM), -math.inf)
         self._since: dict[int, float] = {}
         self._replaced: dict[int, object] = {}
+        self._later = WhenItGoesOn()
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
 
@@ -148,11 +153,12 @@ class _Watch:
         self._note(signal.Signals(number))
         if self._has_raised(number):
             return
-        constructor = _exception_being_made(frame)
-        if constructor is not None:
-            if constructor.f_back is not None:
-                self._raise_in(constructor.f_back, number)
+        place = self._better_place(number, frame)
+        if place is not frame:
+            if place is not None:
+                self._later.call(place, lambda: self._raise(number, place))
             return
+        self._later.cancel()
         self._raised_at[number] = time.monotonic()
         # Else TensorFlow's error for the step that was cut short would stand above it.
         if number == signal.SIGINT:
@@ -161,19 +167,15 @@ class _Watch:
             self.is_ending = True
             raise SystemExit(exit_status(number)) from None
 
-    def _raise_in(self, frame: FrameType, number: int) -> None:
-        """Raises as soon as a frame goes on, by the means of a debugger."""
-        before, own = sys.gettrace(), frame.f_trace
-
-        def trace(at: FrameType, event: str, argument: object) -> Callable | None:
-            if at is frame:
-                sys.settrace(before)
-                frame.f_trace = own
-                self._raise(number, frame)
-            return trace
-
-        frame.f_trace = trace
-        sys.settrace(trace)
+    def _better_place(self, number: int, frame: FrameType | None) -> FrameType | None:
+        """Returns the frame in which to raise; see `frames`."""
+        since = self._since.get(number, math.inf) + _SOONER_SECONDS
+        if time.monotonic() < since + _POLITE_SECONDS:
+            place = innermost_of_program(frame)
+            if place is not frame:
+                return place
+        constructor = exception_being_made(frame)
+        return frame if constructor is None else constructor.f_back
 
     @property
     def has_interrupted(self) -> bool:
@@ -222,24 +224,6 @@ class _Watch:
             return
         threading.Event().wait(max(0.0, give_up_at - now))
         exit_now(number)
-
-
-def _exception_being_made(frame: FrameType | None) -> FrameType | None:
-    """Returns the frame of an exception's constructor, if one is running.
-
-    TensorFlow calls it from C++ when a step has failed. What is raised meanwhile is lost: pybind11
-    puts a RuntimeError of its own in its place.
-    """
-    found = None
-    for _ in range(_INNERMOST_FRAMES):
-        if frame is None:
-            break
-        if frame.f_code.co_name == "__init__":
-            # The outermost one of several classes' is the last one that is found.
-            if isinstance(frame.f_locals.get("self"), BaseException):
-                found = frame
-        frame = frame.f_back
-    return found
 
 
 def exit_now(number: int) -> None:
