@@ -135,16 +135,20 @@ class Link:
 
         Returns:
             10^9 bits per second from the namespace and into it.
+
+        Raises:
+            RuntimeError: If nothing arrives.
         """
         with contextlib.ExitStack() as stack:
             here = _start_probe(stack, (), "", seconds)
             port = here.stdout.readline().strip()
             there = _start_probe(stack, self.prefix, self.address, seconds, port)
             timeout = seconds + _COMMAND_SECONDS
-            out = here.communicate(timeout=timeout)[0], there.communicate(timeout=timeout)[0]
+            out: list[str] = []
             try:
+                out += [process.communicate(timeout=timeout)[0] for process in (here, there)]
                 return float(out[0]) * 8e-9, float(out[1]) * 8e-9
-            except ValueError as error:
+            except (ValueError, subprocess.TimeoutExpired) as error:
                 raise RuntimeError(f"No plain TCP transfer over the link: {out}.") from error
 
     def close(self) -> None:
@@ -200,6 +204,9 @@ class Network:
         Args:
             gbps: The bandwidth.
             seconds: For how long.
+
+        Raises:
+            RuntimeError: If nothing arrives.
         """
         if not gbps or gbps in self.measured or not self.cables:
             return
@@ -211,7 +218,11 @@ class Network:
 
 
 def _start_probe(
-    stack: contextlib.ExitStack, prefix: tuple[str, ...], address: str, seconds: float, port=""
+    stack: contextlib.ExitStack,
+    prefix: tuple[str, ...],
+    address: str,
+    seconds: float,
+    port: str = "",
 ) -> subprocess.Popen[str]:
     command = [*prefix, sys.executable, "-c", _PROBE, address, str(seconds), port]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)

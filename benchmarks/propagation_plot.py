@@ -15,6 +15,8 @@ from matplotlib import pyplot  # noqa: E402
 # three quarters of the model twice.
 _PAPER_COPIES = 2 * 3 / 4
 
+_TICKS = (0.25, 0.5, 1, 2, 4)
+
 
 class _Paper(NamedTuple):
     """What P3 (arXiv 1905.03960) gains over its baseline.
@@ -60,9 +62,9 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
     for name, ax in zip(names, axes[0], strict=True):
         curves: dict[int, list[tuple[float, float]]] = {}
         for row in rows:
-            found = row["mode"] == "priority" and row["model"] == name and row["to_fifo"]
+            found = row["mode"] == "priority" and row["model"] == name and row["speedup_over_fifo"]
             if found and row["ratio"]:
-                point = (1 / row["ratio"], row["to_fifo"])
+                point = (1 / row["ratio"], row["speedup_over_fifo"])
                 curves.setdefault(row["slice_elements"], []).append(point)
         for size, points in sorted(curves.items()):
             ax.plot(*zip(*sorted(points), strict=True), "o-", label=f"measured, slices of {size}")
@@ -73,6 +75,8 @@ def plot(rows: Sequence[dict[str, Any]], path: str) -> None:
             ax.plot(paper.relative(gbps), gain, "*", color="black", label="P3, the paper's best")
         ax.axhline(1, color="lightgray", zorder=0)
         ax.set(title=name, xscale="log", xlabel="bandwidth (1: exchange as long as computing)")
+        ax.set_xticks(_TICKS, map(str, _TICKS))
+        ax.minorticks_off()
         ax.set_ylabel("speed-up of priority over fifo")
         ax.legend()
     figure.tight_layout()

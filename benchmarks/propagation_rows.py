@@ -17,8 +17,8 @@ _COLUMNS = {
     "compute_seconds": "compute s",
     "exchange_seconds": "exchange s",
     "step_seconds": "step s",
-    "to_fifo": "to fifo",
-    "to_no_overlap": "to no_overlap",
+    "speedup_over_fifo": "over fifo",
+    "speedup_over_no_overlap": "over no_overlap",
     "bound": "bound",
     "cpu_seconds": "cpu s",
 }
@@ -33,8 +33,8 @@ def with_speedups(rows: Sequence[Row]) -> list[Row]:
         rows: The rows. Those of one model have the same bandwidths in all modes.
 
     Returns:
-        Rows with `to_fifo` and `to_no_overlap`, which are 1.25 where a step takes four fifths of
-        the other's time, and `None` where the other mode was not measured.
+        Rows with `speedup_over_fifo` and `speedup_over_no_overlap`, which are 1.25 where a step
+        takes four fifths of the other's time, and `None` where the other mode was not measured.
     """
     seconds = {(row["model"], row["gbps"], row["mode"]): row["step_seconds"] for row in rows}
     found = []
@@ -42,7 +42,7 @@ def with_speedups(rows: Sequence[Row]) -> list[Row]:
         row = dict(row)
         for mode in ("fifo", "no_overlap"):
             other = seconds.get((row["model"], row["gbps"], mode))
-            row[f"to_{mode}"] = other / row["step_seconds"] if other else None
+            row[f"speedup_over_{mode}"] = other / row["step_seconds"] if other else None
         found.append(row)
     return found
 

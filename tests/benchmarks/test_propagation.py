@@ -127,9 +127,15 @@ def test_rows_are_compared_with_those_of_the_same_model_and_bandwidth() -> None:
         row("resnet50", "priority", 0.5, 1.0),
     ]
     found = rows.with_speedups(measured)
-    assert [r["to_fifo"] for r in found] == [0.75, 1.0, 1.5, None, None]
-    assert [r["to_no_overlap"] for r in found] == [1.0, pytest.approx(4 / 3), 2.0, None, None]
-    assert "to_fifo" not in measured[0]
+    assert [r["speedup_over_fifo"] for r in found] == [0.75, 1.0, 1.5, None, None]
+    assert [r["speedup_over_no_overlap"] for r in found] == [
+        1.0,
+        pytest.approx(4 / 3),
+        2.0,
+        None,
+        None,
+    ]
+    assert "speedup_over_fifo" not in measured[0]
     head, *lines = rows.table(found).splitlines()
     assert head.split()[:3] == ["model", "mode", "slice"]
     assert "no limit" in lines[3] and "1.333" in lines[1]
