@@ -12,6 +12,7 @@ import pytest
 from tf_syncdist import cutoff
 from tf_syncdist.aggregation.limits import DEFAULT_LIMITS, Limits
 from tf_syncdist.aggregation.server import AggregatorServer
+from tf_syncdist.propagation.policies import FifoPropagation, cutter
 from tf_syncdist.propagation.slices import TensorSpec
 from tf_syncdist.strategies.controller import Mode, RunController
 from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
@@ -76,8 +77,11 @@ class Worker:
         self.modes: list[Mode] = []
         self.store = Store(session.config.worker, shape)
         self.session = session
+        cut = cutter(
+            FifoPropagation(), 24, len(session.config.addresses), session.config.num_workers
+        )
         self.controller = RunController(
-            session, self.store, 24, self._on_begin, self.notices.append
+            session, self.store, cut, self._on_begin, self.notices.append
         )
 
     def do_run(
@@ -96,7 +100,7 @@ class Worker:
         else:
             for _ in range(exchanges if mode is Mode.REPLAY else 0):
                 specs = [TensorSpec("float32", SHAPE)] * len(site.names)
-                self._apply(site, self.controller.stored(specs))
+                self._apply(site, self.controller.stored(self.controller.plan(specs)))
             self.controller.finish(site, None)
 
     def do_runs(self, site: Site, count: int) -> None:

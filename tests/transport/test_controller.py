@@ -128,7 +128,7 @@ def test_the_first_error_stays_the_error(serve: Serve) -> None:
     for call in (
         lambda: worker.controller.begin(site),
         lambda: worker.controller.finish(site, None),
-        lambda: worker.controller.stored([]),
+        lambda: worker.controller.stored(worker.controller.plan([])),
         lambda: worker.controller.exchange([]),
     ):
         with pytest.raises(WaitTimeoutError) as again:

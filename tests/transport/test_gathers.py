@@ -149,16 +149,15 @@ def test_who_goes_on_from_a_later_run_gets_what_was_gathered_before(serve: Serve
     first, second, third = service.sessions()
 
     def gather(run: int) -> None:
-        service.together(
-            *(functools.partial(metrics, s, run, np.ones(1)) for s in (first, second))
-        )
+        service.together(*(functools.partial(metrics, s, run, np.ones(1)) for s in (first, second)))
         service.until(lambda: (pb.METRICS, run) in third._gathered)
 
     for run in range(2):
         service.together(*(functools.partial(do_run, s, run) for s in (first, second)))
         if not run:
             gather(1)
-    service.until(lambda: third.exchanges_of(1) is not None)
+    rounds = service.servers[0].job._rounds
+    service.until(lambda: rounds.position(0) == rounds.position(1) == 2)
     third.resume(2, 2)
     gather(2)
     assert metrics(third, 1, np.ones(1)).tolist() == [2]

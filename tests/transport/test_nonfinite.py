@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tf_syncdist.errors import NonFiniteGradientError
+from tf_syncdist.propagation.policies import FifoPropagation, cutter
 from tf_syncdist.propagation.rows import Rows
 from tf_syncdist.propagation.slices import TensorSpec
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
@@ -39,7 +40,7 @@ class Trainer:
         self.controller = RunController(
             session,
             Store(session.config.worker),
-            24,
+            cutter(FifoPropagation(), 24, 1, session.config.num_workers),
             lambda: None,
             lambda text: None,
             nonfinite=policy,
@@ -54,7 +55,7 @@ class Trainer:
             if mode is Mode.COMPUTE:
                 results.append(self.controller.exchange_last(way, 0, _parts(way, value)))
             else:
-                results.append(self.controller.stored(SPECS))
+                results.append(self.controller.stored(way))
         self.controller.finish(self.site, [])
         return [[r.copy() for r in tensors] for tensors in results]
 

@@ -3,6 +3,7 @@
 import grpc
 
 from tf_syncdist.aggregation.outbox import Refused
+from tf_syncdist.propagation.policies import MAX_CREDIT_BYTES
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
@@ -22,6 +23,9 @@ _SAME_FOR_ALL = (
     "deterministic",
     "min_workers",
     "detection_seconds",
+    "propagation",
+    "credit_bytes",
+    "runs_ahead",
 )
 
 
@@ -58,6 +62,12 @@ def check(hello: pb.Hello, first: pb.Hello | None) -> None:
             "Expected min_workers from 1 to the number of workers, and detection_seconds from 0.1 "
             f"to 3600. Received: min_workers={hello.min_workers}, "
             f"detection_seconds={hello.detection_seconds:g} from worker {hello.worker}."
+        )
+    if hello.runs_ahead > 1 or hello.credit_bytes > MAX_CREDIT_BYTES:
+        raise invalid(
+            f"Expected runs_ahead of at most 1 and credit_bytes of at most {MAX_CREDIT_BYTES}. "
+            f"Received: runs_ahead={hello.runs_ahead}, credit_bytes={hello.credit_bytes} from "
+            f"worker {hello.worker}."
         )
     if hello.standing.run > _MOST_RUNS:
         raise invalid(

@@ -20,6 +20,7 @@ from tf_syncdist.aggregation.relays import StateRelay
 from tf_syncdist.aggregation.restoring import Restoring
 from tf_syncdist.aggregation.rounds import Rounds
 from tf_syncdist.aggregation.withheld import Withheld
+from tf_syncdist.propagation.queue import Acknowledging
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport.segments import host_id
 
@@ -78,6 +79,7 @@ class Attendance:
                 hello.history_rounds,
                 hello.history_bytes,
                 hello.min_workers,
+                hello.runs_ahead,
             )
         except ValueError as e:
             raise invalid(str(e)) from e
@@ -92,6 +94,7 @@ class Attendance:
         )
         self._quotas = Quotas(self._worker_bytes, rounds)
         self._delivery = Delivery(self._streams, rounds, memory, hello.deterministic)
+        self._acknowledging: dict[int, Acknowledging] = {}
         self._gathers = GatherRelay(
             hello.num_workers,
             policy,

@@ -9,12 +9,15 @@ from tf_syncdist.aggregation.records import Closed, Progress, RoundError, RunOve
 from tf_syncdist.aggregation.rounds import Rounds
 from tf_syncdist.aggregation.slots import Slot, StoredSlot
 from tf_syncdist.aggregation.tables import TableSlot
+from tf_syncdist.propagation.queue import Urgency
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
 # Results travel to a worker up to this many runs ahead of it, so that a replay finds the next
 # result there already, while a worker that is stuck does not pile up the job's history.
 WINDOW_RUNS = 4
+
+_LAST = 2**32
 
 
 class Delivery:
@@ -107,7 +110,7 @@ class Delivery:
         self._results.setdefault(run, []).append(slot)
         for worker, outbox in self._streams.items():
             if self._is_near(worker, run):
-                outbox.put(slot.result(outbox.opened or ()), is_result=True)
+                outbox.put_result(slot.result(outbox.opened or ()), slot.urgency, slot.nbytes)
 
     def closed(self, run: int) -> bool:
         """Returns whether any slice of a run that is kept is closed."""
@@ -158,7 +161,10 @@ class Delivery:
         ]
         for worker, outbox in self._streams.items():
             if self._rounds.position(worker) <= over.run:
-                outbox.put(both[self._is_near(worker, over.run)])
+                # Who is computing for it is to know before the results have come.
+                outbox.put(both[False])
+                if self._is_near(worker, over.run):
+                    outbox.put_result(both[True], _behind(over.run), 0)
 
     def _send_stored(self, worker: int, run: int) -> None:
         """Sends a run that has just come into a worker's window."""
@@ -167,11 +173,11 @@ class Delivery:
             return
         outbox = self._streams[worker]
         for slot in self._results.get(run, ()):
-            outbox.put(slot.result(outbox.opened or ()), is_result=True)
+            outbox.put_result(slot.result(outbox.opened or ()), slot.urgency, slot.nbytes)
         if run < self._rounds.runs_announced:
             exchanges = self._rounds.exchanges(run)
             over = pb.RunOver(run=run, exchanges=exchanges, sent=True)
-            self._streams.tell(worker, pb.ToWorker(run_over=over))
+            outbox.put_result(wire.encode(pb.ToWorker(run_over=over)), _behind(run), 0)
 
     def _is_near(self, worker: int, run: int) -> bool:
         return run < self._rounds.position(worker) + WINDOW_RUNS
@@ -201,3 +207,8 @@ class Delivery:
             for block in blocks:
                 self._memory.give_back(block)
         self._lingering = kept
+
+
+def _behind(run: int) -> Urgency:
+    """Returns the urgency of what stands behind all results of a run."""
+    return Urgency(run, _LAST, _LAST)

@@ -9,6 +9,8 @@ from tf_syncdist.aggregation.membership import NotAdmitted
 from tf_syncdist.aggregation.memory import WorkerMemory
 from tf_syncdist.aggregation.outbox import Outbox, Refused
 from tf_syncdist.aggregation.records import Fate, RoundError, SliceKey, SliceSpec, Verdict
+from tf_syncdist.propagation.queue import Acknowledging
+from tf_syncdist.propagation.slices import ITEM_BYTES
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
@@ -55,7 +57,10 @@ class Job(Attendance):
             if before is not None:
                 before.close()
             shares = bool(hello.host) and hello.host == self._host
-            outbox = self._streams[worker] = Outbox(shares, self._worker_bytes)
+            outbox = self._streams[worker] = Outbox(
+                shares, self._worker_bytes, self._hello.credit_bytes
+            )
+            self._acknowledging[worker] = Acknowledging(hello.credit_bytes)
             self._quotas.begin(worker)
             self._memories[worker] = WorkerMemory()
             self._on_event(f"worker {worker} joined ({len(self._streams)} of {hello.num_workers})")
@@ -237,6 +242,15 @@ class Job(Attendance):
                 self._delivery.settle(slot, worker)
                 if self._hello.deterministic:
                     self._turned.notify_all()
+        if self._hello.credit_bytes:
+            self._acknowledge(worker, spec)
+
+    def _acknowledge(self, worker: int, spec: SliceSpec) -> None:
+        """Lets a worker send more."""
+        with self._lock:
+            nbytes = self._acknowledging[worker].arrived(spec.elements * ITEM_BYTES[spec.dtype])
+            if nbytes:
+                self._streams.tell(worker, pb.ToWorker(ack=pb.Ack(bytes=nbytes)))
 
     def _publish(self) -> None:
         """Sends the results that are complete; making them does not hold the lock."""
@@ -271,6 +285,9 @@ class Job(Attendance):
             self._on_event(f"worker {worker} receives over gRPC: {message.error}")
         else:
             outbox.opened.add(message.id)
+
+    def _on_ack(self, worker: int, message: pb.Ack, *_: object) -> None:
+        self._streams[worker].acknowledge(message.bytes)
 
     def _on_late(self, worker: int, message: pb.LateContribution, *_: object) -> None:
         self._close(self._rounds.late(worker, message.run, self._clock()))

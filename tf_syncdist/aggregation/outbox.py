@@ -2,15 +2,20 @@
 
 import contextlib
 import queue
+import threading
 from collections.abc import Callable, Iterator
 
 import grpc
 
+from tf_syncdist.propagation.queue import CreditQueue, Urgency
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
 # gRPC sends no status whose text is longer than some thousand bytes.
 _MOST_DETAILS = 1500
+
+# Stands for "look whether a result may leave".
+_LOOK = b""
 
 # What a message takes besides its bytes, at least.
 _MESSAGE_BYTES = 128
@@ -58,6 +63,8 @@ class Outbox:
         shares: Whether the worker wants to share memory with the service.
         most_bytes: How many bytes may stand in it besides results; a stream for which there is
             more is refused.
+        credit_bytes: If not 0, results leave by their urgency, and so many bytes of them may be on
+            their way to the worker.
 
     Attributes:
         opened: The service's segments that the worker can read; `None` if it shares none.
@@ -65,7 +72,9 @@ class Outbox:
             is not read, and will not look for the refusal.
     """
 
-    def __init__(self, shares: bool = False, most_bytes: int = 2**62) -> None:
+    def __init__(
+        self, shares: bool = False, most_bytes: int = 2**62, credit_bytes: int = 0
+    ) -> None:
         self.opened: set[int] | None = set() if shares else None
         self.on_overflow: Callable[[Refused], None] | None = None
         self._most_bytes = most_bytes
@@ -74,10 +83,36 @@ class Outbox:
         self._taken_bytes = 0
         # What each message counts for, in the same order.
         self._sizes: queue.SimpleQueue[int] = queue.SimpleQueue()
-        # `None` says that nothing more comes.
+        # `None` says that nothing more comes, `_LOOK` that a result may leave.
         self._messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._closed = False
         self._refusal: Refused | None = None
+        self._lock = threading.Lock()
+        self._urgent: CreditQueue[bytes] | None = (
+            CreditQueue(credit_bytes) if credit_bytes else None
+        )
+
+    def put_result(self, message: bytes, urgency: Urgency, nbytes: int) -> None:
+        """Appends a result, or what has to stand behind results.
+
+        Args:
+            message: The message.
+            urgency: When it leaves, if results leave by urgency.
+            nbytes: Size of the result's values.
+        """
+        if self._urgent is None:
+            self.put(message, is_result=True)
+        elif not self._closed:
+            with self._lock:
+                self._urgent.put(urgency, nbytes, message)
+            self._messages.put(_LOOK)
+
+    def acknowledge(self, nbytes: int) -> None:
+        """Takes note that results have arrived at the worker."""
+        if self._urgent is not None:
+            with self._lock:
+                self._urgent.acknowledge(nbytes)
+            self._messages.put(_LOOK)
 
     def put(self, message: bytes, is_result: bool = False) -> None:
         """Appends a message; does nothing once closed."""
@@ -131,9 +166,25 @@ class Outbox:
                 raise self._refusal
             if message is None:
                 return
+            if message is _LOOK:
+                # What was said meanwhile comes first: little of it is said, and soon.
+                if self._messages.empty():
+                    yield from self._most_urgent()
+                continue
             yield message
             # gRPC has taken the message over when it asks for the next one.
             self._taken_bytes += self._sizes.get_nowait()
+
+    def _most_urgent(self) -> Iterator[bytes]:
+        """Yields results until anything else is to be looked at, or no more may leave."""
+        while self._messages.empty():
+            with self._lock:
+                if not self._urgent.is_ready:
+                    return
+                message, _ = self._urgent.take()
+            yield message
+        # There is more to look at.
+        self._messages.put(_LOOK)
 
 
 class Streams(dict[int, Outbox]):

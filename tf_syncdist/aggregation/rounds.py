@@ -44,6 +44,7 @@ class Rounds:
             a worker that is still there has not done them.
         history_bytes: And for more, while they need at most this many bytes.
         min_workers: No slice closes while fewer workers than this can be in it.
+        runs_ahead: By how many runs a worker may be ahead of the last result that it has.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Rounds:
         history_rounds: int = 4,
         history_bytes: int = 512 * 2**20,
         min_workers: int = 1,
+        runs_ahead: int = 0,
     ) -> None:
         self.num_workers = num_workers
         self.replicas_to_aggregate = policy.replicas_to_aggregate(num_workers)
@@ -62,6 +64,7 @@ class Rounds:
         self._history_rounds = history_rounds
         self._history_bytes = history_bytes
         self._min_workers = min_workers
+        self._runs_ahead = runs_ahead
         self._runs: dict[int, _Run] = {}
         self._exchanges: dict[int, int] = {}
         self._over = 0
@@ -359,11 +362,13 @@ class Rounds:
         """Returns where all can end when one worker wants to end after `run` runs.
 
         Whoever has some result of the last round in which something is closed may be computing for
-        the next one, and nobody can have begun the one after that.
+        the next one, and nobody can have begun the one after that. Where updates are made in the
+        next run, a worker may be one run further.
         """
         closed = [n for n, r in self._runs.items() if any(map(_any_closed, r.exchanges.values()))]
         last = max(self._over - 1, max(closed, default=-1))
-        return max(run, last + 2, max(self._positions) + 1)
+        ahead = self._runs_ahead
+        return max(run, last + 2 + ahead, max(self._positions) + 1 + ahead)
 
     def suspend(self, worker: int, now: float) -> tuple[Closed, ...]:
         """Stops waiting for a worker until it is heard of again: it waits for another's state."""

@@ -12,6 +12,7 @@ from tf_syncdist.aggregation import sums
 from tf_syncdist.aggregation.memory import Block
 from tf_syncdist.aggregation.rounds import Closed
 from tf_syncdist.propagation import rows
+from tf_syncdist.propagation.queue import Urgency
 from tf_syncdist.propagation.rows import Rows
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
@@ -31,6 +32,7 @@ class Slot:
         claims: How many contributions are accepted and not yet added. Guarded by the job's lock.
         added: The workers whose values have been added. Guarded by the job's lock.
         closed: Set when no more are accepted. Guarded by the job's lock.
+        nbytes: Size of the values if all of them travel.
     """
 
     def __init__(
@@ -96,6 +98,11 @@ class Slot:
             self._messages[False] = self._frame.seal(self._header(in_memory=False))
             self._frame = None
 
+    @property
+    def urgency(self) -> Urgency:
+        """When the result leaves, if results leave by urgency."""
+        return Urgency(self.closed.key.run, self.closed.key.exchange, self._message.priority)
+
     def result(self, opened: Container[int]) -> bytes:
         """Returns the message with the result, one and the same for all receivers.
 
@@ -133,6 +140,7 @@ class Slot:
             dtype=self._message.dtype,
             elements=self._message.elements,
             layout=self._message.layout,
+            priority=self._message.priority,
         )
         if in_memory:
             result.location.segment = self.block.segment
@@ -152,6 +160,8 @@ class StoredSlot:
 
     def __init__(self, result: pb.Result, payload: memoryview) -> None:
         self._message = wire.encode(pb.ToWorker(result=result), payload)
+        self.nbytes = result.elements * sums.DTYPES[result.dtype][0].itemsize
+        self.urgency = Urgency(result.run, result.exchange, result.priority)
 
     def result(self, opened: Container[int]) -> bytes:
         """Returns the message with the result, one and the same for all receivers."""

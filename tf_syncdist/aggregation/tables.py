@@ -8,6 +8,7 @@ import numpy as np
 from tf_syncdist.aggregation import sums
 from tf_syncdist.aggregation.rounds import Closed
 from tf_syncdist.propagation import rows
+from tf_syncdist.propagation.queue import Urgency
 from tf_syncdist.propagation.rows import Rows
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
@@ -34,6 +35,7 @@ class TableSlot:
         self._lock = threading.Lock()
         self._parts: dict[int, Rows] = {}
         self._result = b""
+        self.nbytes = message.elements * sums.DTYPES[message.dtype][0].itemsize
 
     def add(self, worker: int, values: np.ndarray | Rows, in_turn: bool = False) -> None:
         """Adds a worker's values; see `slots.Slot`."""
@@ -73,8 +75,14 @@ class TableSlot:
             dtype=self._message.dtype,
             elements=self._message.elements,
             layout=self._message.layout,
+            priority=self._message.priority,
         )
         self._result = wire.encode(pb.ToWorker(result=result), *pieces)
+
+    @property
+    def urgency(self) -> Urgency:
+        """When the result leaves, if results leave by urgency."""
+        return Urgency(self.closed.key.run, self.closed.key.exchange, self._message.priority)
 
     def result(self, opened: Container[int]) -> bytes:
         """Returns the message with the result, one and the same for all receivers."""

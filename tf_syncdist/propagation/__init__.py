@@ -1,1 +1,10 @@
-"""What travels as what: tensors cut into slices and spread over shards. Pure."""
+"""What travels as what, and in which order: buckets, slices, priorities. Pure."""
+
+from tf_syncdist.propagation.policies import (
+    FifoPropagation,
+    PriorityPropagation,
+    Propagation,
+    serialize,
+)
+
+__all__ = ["FifoPropagation", "PriorityPropagation", "Propagation", "serialize"]

@@ -1,7 +1,7 @@
 """Cuts the tensors of an exchange into slices and spreads them over shards. Pure."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 
@@ -47,6 +47,7 @@ class Slice(NamedTuple):
         pieces: What is in it.
         row_elements: If not 0, the slice is whole rows of so many elements, and may travel as some
             of them.
+        priority: When the forward pass uses it first; 0 is the most urgent.
     """
 
     shard: int
@@ -56,6 +57,7 @@ class Slice(NamedTuple):
     offset: int
     pieces: tuple[Piece, ...]
     row_elements: int = 0
+    priority: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -150,26 +152,102 @@ def plan(
     """
     if bucket_bytes is None:
         bucket_bytes = fitting_bucket_bytes(specs, num_workers)
-    loads = [0] * num_shards
-    ends = [0] * num_shards
-    counts = [0] * num_shards
+    spread = _Spread(num_shards)
     buckets = []
     for dtype, tensors in _fused(specs, bucket_bytes):
         row = _row_elements(specs[tensors[0]])
         most = max(1, bucket_bytes // ITEM_BYTES[dtype])
         if row:
             most = max(1, _TABLE_BYTES // (row * ITEM_BYTES[dtype])) * row
+        cut = _cut([(t, specs[t].elements) for t in tensors], most, row or 1)
+        buckets.append(Bucket(tuple(tensors), spread.add(cut, dtype, row)))
+    return spread.plan(buckets, specs)
+
+
+def plan_by_priority(
+    specs: Sequence[TensorSpec],
+    priorities: Sequence[int],
+    slice_elements: int,
+    num_shards: int,
+) -> Plan:
+    """Cuts tensors into slices that carry the priority of their tensor (P3, section 4.1).
+
+    Neighbours that fit into one slice together share it, with the priority of the first of them: a
+    message of its own for each bias would cost more than it gains. Of a larger tensor every slice
+    but the last has `slice_elements`, and that one is never empty.
+
+    Args:
+        specs: The tensors of the exchange.
+        priorities: For each tensor, when the forward pass uses it first, from 0.
+        slice_elements: How many elements a slice has at most; of a table that travels by rows, the
+            rows that begin within.
+        num_shards: Over how many shards the slices are spread, evenly by bytes.
+
+    Returns:
+        A `Plan`. The buckets are in the order of backpropagation, the last layer first.
+    """
+    order = sorted(range(len(specs)), key=lambda t: (priorities[t], t))
+    shared: list[tuple[str, int, list[int]]] = []
+    room = 0
+    for tensor in order:
+        spec = specs[tensor]
+        fits = spec.elements <= room and not spec.by_rows and spec.dtype == shared[-1][0]
+        if fits:
+            shared[-1][2].append(tensor)
+            room -= spec.elements
+        else:
+            shared.append((spec.dtype, priorities[tensor], [tensor]))
+            room = 0 if spec.by_rows else slice_elements - spec.elements
+    spread = _Spread(num_shards)
+    buckets = []
+    for dtype, priority, tensors in shared:
+        row = _row_elements(specs[tensors[0]])
+        if len(tensors) > 1:
+            cut = [tuple(Piece(t, 0, specs[t].elements) for t in tensors if specs[t].elements)]
+            cut = [pieces for pieces in cut if pieces]
+        else:
+            most = slice_elements
+            if row:
+                # Nobody knows how few of its rows there will be, so only a long table is cut.
+                most = max(1, _TABLE_BYTES // (row * ITEM_BYTES[dtype])) * row
+            elements = specs[tensors[0]].elements
+            cut = [
+                (Piece(tensors[0], start, min(start + most, elements)),)
+                for start in range(0, elements, most)
+            ]
+        buckets.append(Bucket(tuple(tensors), spread.add(cut, dtype, row, priority)))
+    return spread.plan(reversed(buckets), specs)
+
+
+class _Spread:
+    """Spreads slices over shards, evenly by bytes."""
+
+    def __init__(self, num_shards: int) -> None:
+        self._loads = [0] * num_shards
+        self._ends = [0] * num_shards
+        self._counts = [0] * num_shards
+
+    def add(
+        self, cut: Iterable[tuple[Piece, ...]], dtype: str, row: int, priority: int = 0
+    ) -> tuple[Slice, ...]:
+        """Returns slices of these pieces, each on the shard that has least."""
         slices = []
-        for pieces in _cut([(t, specs[t].elements) for t in tensors], most, row or 1):
-            shard = loads.index(min(loads))
+        for pieces in cut:
+            shard = self._loads.index(min(self._loads))
             elements = sum(p.stop - p.start for p in pieces)
-            slices.append(Slice(shard, counts[shard], dtype, elements, ends[shard], pieces, row))
+            index, end = self._counts[shard], self._ends[shard]
+            slices.append(Slice(shard, index, dtype, elements, end, pieces, row, priority))
             nbytes = -(-elements * ITEM_BYTES[dtype] // _ALIGNMENT) * _ALIGNMENT
-            loads[shard] += nbytes
-            ends[shard] += 0 if row else nbytes
-            counts[shard] += 1
-        buckets.append(Bucket(tuple(tensors), tuple(slices)))
-    return Plan(tuple(buckets), tuple(counts), tuple(ends), layout_of(specs), tuple(specs))
+            self._loads[shard] += nbytes
+            self._ends[shard] += 0 if row else nbytes
+            self._counts[shard] += 1
+        return tuple(slices)
+
+    def plan(self, buckets: Iterable[Bucket], specs: Sequence[TensorSpec]) -> Plan:
+        """Returns the plan of all that was added."""
+        return Plan(
+            tuple(buckets), tuple(self._counts), tuple(self._ends), layout_of(specs), tuple(specs)
+        )
 
 
 def _row_elements(spec: TensorSpec) -> int:

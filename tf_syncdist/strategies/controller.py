@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from tf_syncdist.propagation.rows import Rows
-from tf_syncdist.propagation.slices import Bucket, Plan, TensorSpec, plan
+from tf_syncdist.propagation.slices import Bucket, Plan, TensorSpec
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies.buffers import Buffers
+from tf_syncdist.strategies.deferral import Deferral, Pending
 from tf_syncdist.strategies.nonfinite import Inspection, zeros
 from tf_syncdist.strategies.run_types import LocalReport, Mode, RunSite, StateStore
 from tf_syncdist.transport.session import Session, State
@@ -23,40 +24,48 @@ class RunController:
     Args:
         session: The connection to the service.
         store: The common variables.
-        bucket_bytes: See `SyncReplicasStrategy`.
+        cut: Cuts the tensors of an exchange, given when the forward pass uses each first if that is
+            known.
         on_begin: Called at the start of every training run.
         on_notice: Called with a line for the user.
         clock: Returns the time in seconds; monotonic.
         nonfinite: See `SyncReplicasStrategy`.
+        overlaps: Whether sending overlaps with backpropagation.
 
     Attributes:
         offers_early: Whether parts of an exchange may be offered before all of it is there.
+        input_may_end: Whether input of unknown length is being read. Where it ends is decided from
+            what workers have finished, so no update waits for the next run then.
     """
 
     def __init__(
         self,
         session: Session,
         store: StateStore,
-        bucket_bytes: int | None,
+        cut: Callable[[Sequence[TensorSpec], Sequence[int] | None], Plan],
         on_begin: Callable[[], None],
         on_notice: Callable[[str], None],
         clock: Callable[[], float] = time.monotonic,
         nonfinite: str = "pass",
+        overlaps: bool = True,
     ) -> None:
         self.run = 0
         self.error: BaseException | None = None
         self.is_running = False
         self._session = session
         self._store = store
-        self._bucket_bytes = bucket_bytes
         self._inspection = Inspection(nonfinite, session.config.worker)
-        self.offers_early = not self._inspection.looks
+        self.input_may_end = False
+        self._updates_at_once = False
+        self._said: set[str] = set()
+        self.offers_early = overlaps and not self._inspection.looks
+        self._cut = cut
         self._buffers = Buffers()
         self._on_begin = on_begin
         self._on_notice = on_notice
         self._clock = clock
         session.on_state_request = self.answer_state_requests
-        self._plans: dict[tuple[TensorSpec, ...], Plan] = {}
+        self._plans: dict[tuple, Plan] = {}
         self._mode = Mode.COMPUTE
         self._site: RunSite | None = None
         self._explained: weakref.WeakSet = weakref.WeakSet()
@@ -64,6 +73,8 @@ class RunController:
         self._late = False
         self._lost = False
         self._withheld = False
+        self._deferral = Deferral(session, self._buffers, self._give_zeros)
+        self._is_deferred = False
         self._exchange = 0
         self._over = False
         self._void = False
@@ -74,15 +85,17 @@ class RunController:
         self._first_end: float | None = None
         self._last_end = 0.0
 
-    def plan(self, specs: Sequence[TensorSpec]) -> Plan:
-        """Returns how the tensors of an exchange are cut."""
-        specs = tuple(specs)
-        if specs not in self._plans:
-            job = self._session.config
-            self._plans[specs] = plan(
-                specs, self._bucket_bytes, len(job.addresses), job.num_workers
-            )
-        return self._plans[specs]
+    def plan(self, specs: Sequence[TensorSpec], priorities: Sequence[int] | None = None) -> Plan:
+        """Returns how the tensors of an exchange are cut.
+
+        Args:
+            specs: The tensors.
+            priorities: When the forward pass uses each of them first, if that is known.
+        """
+        key = (tuple(specs), None if priorities is None else tuple(priorities))
+        if key not in self._plans:
+            self._plans[key] = self._cut(*key)
+        return self._plans[key]
 
     # Called by the graph, in this order.
 
@@ -94,12 +107,19 @@ class RunController:
             self._session.begin_run(self.run)
             self._exchange = 0
             self._substitute = self._late = self._lost = self._withheld = False
+            self._is_deferred = False
             self._inspection.begin_run()
             self.answer_state_requests()
+            if self._deferral.pending is not None and self._deferral.pending.site is not site:
+                self.settle()
             self._void = self._is_past_input()
             self._mode = self._decide(site)
+            if self._mode is not Mode.COMPUTE and self._deferral.pending is not None:
+                self.settle()
+                self._mode = self._decide(site)
             self.is_running = True
-            return self._mode
+            continues = self._mode is Mode.COMPUTE and self._deferral.pending is not None
+            return Mode.CONTINUE if continues else self._mode
 
     def exchange(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Gives this worker's values for the next exchange of the run and returns the result."""
@@ -136,16 +156,59 @@ class RunController:
             computes = self._mode is Mode.COMPUTE and not self._substitute
             return self._receive(exchange, way, computes)
 
+    def offer_last(
+        self, way: Plan, number: int, settings: Sequence[np.ndarray], arrays: Sequence[np.ndarray]
+    ) -> None:
+        """Gives the values for what has not been offered; the result is applied in the next run.
+
+        Args:
+            way: How the exchange is cut.
+            number: The first bucket that has not been offered.
+            settings: What the update needs of this run besides.
+            arrays: The tensors of this and later buckets, in their order.
+        """
+        with _recorded(self):
+            if not self.offers_early:
+                self._look_at(way, way.buckets[number:], arrays)
+            self._send(way, way.buckets[number:], arrays)
+            self._deferral.hold(way, self._exchange, settings)
+            self._exchange += 1
+            self._is_deferred = True
+
+    # Called by the graph of a run that continues the one before, in this order.
+
+    def pending_settings(self) -> list[np.ndarray]:
+        """Returns what the update of the run before needs besides."""
+        with _recorded(self):
+            return self._deferral.pending.settings
+
+    def pending_part(self, number: int) -> list[np.ndarray]:
+        """Waits for a bucket of the run before, and returns its tensors."""
+        with _recorded(self):
+            return self._deferral.receive(number)
+
+    def finish_pending(self) -> None:
+        """Ends the run before, whose update has been made."""
+        with _recorded(self):
+            if self._deferral.pending.lost:
+                # What this run computes begins with nonsense, so it goes to nobody.
+                self._substitute = True
+                self._refresh()
+                if self.run >= self._resume_at:
+                    self._session.send_late(self.run)
+            else:
+                self._deferral.finish()
+
     def withhold(self) -> None:
         """Keeps back what this worker would give in later exchanges of the run."""
         with _recorded(self):
             self._withhold()
 
-    def stored(self, specs: Sequence[TensorSpec]) -> list[np.ndarray]:
+    def stored(self, way: Plan) -> list[np.ndarray]:
         """Returns the stored result of the next exchange of a run that is replayed."""
         with _recorded(self):
             number, self._exchange = self._exchange, self._exchange + 1
-            return self._receive(number, self.plan(specs), False)
+            return self._receive(number, way, False)
 
     def finish(self, site: RunSite, outputs: Sequence[np.ndarray] | None) -> None:
         """Ends a run. `outputs` are kept for later replays of the site."""
@@ -156,7 +219,7 @@ class RunController:
             if self._lost:
                 self._refresh()
                 self._mode = Mode.SKIP
-            if self._mode is Mode.SKIP:
+            if self._mode is Mode.SKIP or self.run < self._resume_at:
                 self.run += 1
                 return
             if self._mode is Mode.COMPUTE:
@@ -168,12 +231,52 @@ class RunController:
                 fate = pb.REPLAYED
             # A thread that reads ahead may give this worker's state as soon as the run is finished.
             done, self.run = self.run, self.run + 1
-            self._session.finish(done, self._exchange, fate, self._inspection.found)
+            if self._is_deferred:
+                pending = Pending(
+                    site,
+                    done,
+                    self._exchange,
+                    fate,
+                    computes=not self._substitute,
+                    nonfinite=self._inspection.found,
+                    withheld=self._withheld,
+                )
+                self._deferral.begin(pending)
+                if self.input_may_end or self._updates_at_once:
+                    self.settle()
+            else:
+                self._session.finish(done, self._exchange, fate, self._inspection.found)
             self._last_end = self._clock()
             if self._first_end is None:
                 self._first_end = self._last_end
 
     # Called from outside of runs.
+
+    def settle(self) -> None:
+        """Makes the update that waits for the next run, if there is one; does nothing in a run."""
+        if not self.is_running and self.error is None:
+            with _recorded(self):
+                if self._deferral.settle():
+                    self._refresh()
+
+    def update_at_once(self, why: str) -> None:
+        """Lets no update wait for the next run any more."""
+        self.settle()
+        self._updates_at_once = True
+        self.say_once(f"updates are made at the end of each run, not in the next one: {why}")
+
+    def say_once(self, text: str) -> None:
+        """Tells the user something that is the same on all workers, and once only."""
+        if text not in self._said and self._session.config.worker == 0:
+            self._on_notice(text)
+        self._said.add(text)
+
+    def is_pending(self, variable: int) -> bool:
+        """Returns whether a variable, by its identity, has yet to be updated."""
+        pending = self._deferral.pending
+        return (
+            pending is not None and not self.is_running and pending.site.defers_update_of(variable)
+        )
 
     @property
     def runs_done(self) -> tuple[int, int]:
@@ -188,6 +291,7 @@ class RunController:
     def begin_input(self) -> None:
         """Takes note that input is read anew; what was agreed about the last input has served."""
         self._read_ahead.clear()
+        self.input_may_end = False
         if self._input_pass is not None and self.run > self._input_pass:
             self._session.leave_pass(self._input_pass)
             self._input_pass = None
@@ -232,7 +336,10 @@ class RunController:
         """
         if self._lost:
             return
-        for request in self._session.take_state_requests():
+        requests = self._session.take_state_requests()
+        if requests:
+            self.settle()
+        for request in requests:
             run = max(self.run, self._resume_at)
             rounds = sum(self._session.counts.values())
             values, specs = self._store.read(), self._store.specs()
@@ -250,6 +357,7 @@ class RunController:
             names: The variables that differ.
         """
         more = f" and {len(names) - 1} more variable(s)" if len(names) > 1 else ""
+        self.settle()
         self._on_notice(
             f"worker {self._session.config.worker} differs from worker {giver} in {names[0]!r}"
             f"{more} after {self.run} run(s): it takes over that worker's variables"
@@ -349,6 +457,7 @@ class RunController:
     def _receive_state(self) -> None:
         """Takes over the state that was asked for; runs before it are skipped."""
         state: State = self._session.receive_state(self._store.specs())
+        self._deferral.drop()
         self._store.assign(state.values)
         self._resume_at = state.run
         missed = state.rounds - sum(self._session.counts.values())
@@ -379,14 +488,16 @@ class RunController:
             if self._inspection.rejects(self.run, self._exchange, tensors, name_of):
                 self._withhold()
 
-    def _give_zeros(self, number: int, way: Plan) -> None:
+    def _give_zeros(self, run: int, number: int, way: Plan) -> None:
         """Contributes to an exchange to which nobody else does either, so that it can end."""
         self._withheld = False
-        self._session.send(self.run, number, way, zeros(way.specs))
+        self._session.send(run, number, way, zeros(way.specs))
 
     def _receive(self, number: int, way: Plan, computes: bool) -> list[np.ndarray]:
         results = self._buffers.take(way.specs)
-        give_zeros = functools.partial(self._give_zeros, number, way) if self._withheld else None
+        give_zeros = None
+        if self._withheld:
+            give_zeros = functools.partial(self._give_zeros, self.run, number, way)
         found = self._session.receive(self.run, number, way, results, give_zeros)
         if found is None:
             # The service heard so late of this run that it had forgotten the results. What the

@@ -38,6 +38,7 @@ class EpochExchange:
         mend: Called with another worker and the names of variables in which this one differs.
         is_ahead: Returns whether this worker's variables are those of a later run than its own,
             because it has taken over another's and is skipping runs.
+        settle: Makes the update of the last run, if that waits for the next one.
     """
 
     def __init__(
@@ -47,12 +48,14 @@ class EpochExchange:
         runs: Callable[[], tuple[int, int]],
         mend: Callable[[int, list[str]], None],
         is_ahead: Callable[[], bool],
+        settle: Callable[[], None],
     ) -> None:
         self._session = session
         self._state = state
         self._runs = runs
         self._mend = mend
         self._is_ahead = is_ahead
+        self._settle = settle
         self._metrics: dict[int, tf.Variable] = {}
         self._statistics: dict[int, tf.Variable] = {}
         self._done = 0
@@ -85,6 +88,7 @@ class EpochExchange:
 
     def synchronize(self) -> None:
         """Exchanges now, if there were runs since the last time."""
+        self._settle()
         done, computed = self._runs()
         if done > self._done:
             weight, self._done, self._computed = computed - self._computed, done, computed
@@ -92,6 +96,7 @@ class EpochExchange:
 
     def begin_fit(self, fit: int) -> None:
         """Compares with worker 0, where a fit begins that trains what was trained before."""
+        self._settle()
         mine = self._state.fingerprints(set(self._statistics))
         if mine:
             found = self._session.gather(

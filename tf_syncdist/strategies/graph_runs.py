@@ -8,6 +8,7 @@
 which optimizers apply the result. A function without exchange is called as it is.
 """
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -32,18 +33,23 @@ def run_in_graph(runs: Runs, fn: Callable[[], Any], inputs: Any) -> Any:
     """
     site = Site()
 
-    @tf.function(autograph=False)
     def compute() -> Any:
         site.reset()
         runs.fold_seed()
         with runs.at(site):
             return fn()
 
-    traced = compute.get_concrete_function()
+    traced = _trace_deferred(runs, site, compute)
+    if traced is None:
+        traced = tf.function(compute, autograph=False).get_concrete_function()
     if not site.exchanges and (runs.stays_local() or not traces.has_exchange(traced)):
-        return traced()
+        site.deferral = None
+        return _called_alone(runs, traced)
     site.variables = list(traced.graph.variables)
     writes = traces.count_writes(traced)
+    if site.deferral is not None:
+        with runs.at(site):
+            writes += traces.count_writes(site.deferral.prepare())
     site.written = [v for v in site.variables if writes[id(v)]]
     runs.on_traced(site)
     outputs = tf.nest.flatten(traced.structured_outputs, expand_composites=True)
@@ -73,7 +79,14 @@ def run_in_graph(runs: Runs, fn: Callable[[], Any], inputs: Any) -> Any:
         with tf.control_dependencies([done]):
             runs.token.assign_add(1, read_value=False)
 
-    def computed() -> Any:
+    def continued() -> Any:
+        site.reset()
+        runs.fold_seed()
+        with runs.at(site):
+            site.last_exchange = site.deferral.emit_update()
+            return fn()
+
+    def computed(traced: Any = traced) -> Any:
         result = traced()
         call = adapter.last_call()
         flat = tf.nest.flatten(result, expand_composites=True)
@@ -111,7 +124,44 @@ def run_in_graph(runs: Runs, fn: Callable[[], Any], inputs: Any) -> Any:
             lambda: np.int32(runs.controller.begin(site)), [], tf.int32, name="begin_run"
         )
     mode.set_shape(())
-    return tf.cond(tf.equal(mode, Mode.COMPUTE), computed, left_out)
+    if site.deferral is None:
+        return tf.cond(tf.equal(mode, Mode.COMPUTE), computed, left_out)
+    steady = tf.function(continued, autograph=False).get_concrete_function()
+
+    def others() -> Any:
+        return tf.cond(tf.equal(mode, Mode.COMPUTE), computed, left_out)
+
+    return tf.cond(tf.equal(mode, Mode.CONTINUE), functools.partial(computed, steady), others)
+
+
+def _called_alone(runs: Runs, traced: Any) -> Any:
+    """Calls a function that is no run; an update that waits for the next run is made first."""
+    if not runs.watches_variables:
+        return traced()
+    with tf.control_dependencies([runs.token.read_value()]):
+        settled = tf.numpy_function(runs.controller.settle, [], [])
+    with tf.control_dependencies([settled]):
+        return traced()
+
+
+def _trace_deferred(runs: Runs, site: Site, compute: Callable[[], Any]) -> Any:
+    """Traces a training function whose update waits for the next run, if it may.
+
+    Returns:
+        A concrete function, or `None`.
+    """
+    site.deferral = runs.deferral()
+    if site.deferral is None:
+        return None
+    traced = tf.function(compute, autograph=False).get_concrete_function()
+    if not site.exchanges:
+        return traced
+    site.deferral.check(traced.graph)
+    if not site.deferral.why_not:
+        return traced
+    runs.say_not_deferred(site.deferral.why_not)
+    site.deferral = None
+    return None
 
 
 def _first_difference(

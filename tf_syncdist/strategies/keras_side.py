@@ -54,9 +54,11 @@ class KerasSide:
             if call.trains:
                 self._prepare_training(call, arguments, stack)
             else:
+                self._controller.settle()
                 self._epochs.forget_sums()
             try:
                 yield
+                self._controller.settle()
             except BaseException as e:
                 self._member.failed = call.trains
                 interrupted = None if before else self._member.interrupted

@@ -143,6 +143,8 @@ class Membership:
             controller = self._controller
             failed = self.failed or controller is None or controller.error is not None
             failed = failed or getattr(sys, "last_value", None) is not None
+            if not failed and self.interrupted is None:
+                controller.settle()
             run = controller.run if controller is not None else 0
             preempted = self.interrupted is signal.SIGTERM
             failed = failed or preempted

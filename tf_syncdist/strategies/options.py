@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync
+from tf_syncdist.propagation import FifoPropagation, PriorityPropagation, Propagation
 from tf_syncdist.strategies.nonfinite import POLICIES
 from tf_syncdist.transport.credentials import Credentials
 
@@ -56,6 +57,22 @@ def check(
             "`history_rounds` and `history_bytes` must be at least 0. "
             f"Received: history_rounds={history_rounds}, history_bytes={history_bytes}."
         )
+
+
+def propagation(given: Propagation | None) -> Propagation:
+    """Returns how gradients travel.
+
+    Raises:
+        TypeError: If what is given is no propagation.
+    """
+    if given is None:
+        return FifoPropagation()
+    if not isinstance(given, FifoPropagation | PriorityPropagation):
+        raise TypeError(
+            "`propagation` must be a FifoPropagation or PriorityPropagation of "
+            f"tf_syncdist.propagation. Received: propagation={given!r}."
+        )
+    return given
 
 
 def check_nonfinite(nonfinite: str) -> None:

@@ -8,11 +8,16 @@ import numpy as np
 
 
 class Mode(enum.IntEnum):
-    """What a run does; the graph branches on it."""
+    """What a run does; the graph branches on it.
+
+    Where updates are made in the next run, that run continues the one before: it applies that one's
+    result and computes.
+    """
 
     COMPUTE = 0
     REPLAY = 1
     SKIP = 2
+    CONTINUE = 3
 
 
 class LocalReport(NamedTuple):

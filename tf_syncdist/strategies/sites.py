@@ -9,7 +9,7 @@ import functools
 import hashlib
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,17 +18,8 @@ import tensorflow as tf
 from tf_syncdist.propagation.slices import TensorSpec
 from tf_syncdist.strategies import adapter, traces
 from tf_syncdist.strategies.controller import Mode, RunController
+from tf_syncdist.strategies.deferred_updates import DeferredUpdate, parts
 from tf_syncdist.strategies.variables import VariableRegistry, is_local
-
-# What is summed as what.
-_SUM_DTYPES = {
-    tf.float16: tf.float32,
-    tf.bfloat16: tf.float32,
-    tf.float32: tf.float32,
-    tf.float64: tf.float64,
-    tf.int32: tf.int32,
-    tf.int64: tf.int64,
-}
 
 Updates = list[tuple[object, list[tf.Variable]]]
 
@@ -47,6 +38,7 @@ class Site:
         replayed_exchanges: The same of a replay.
         shared_updates: Traced updates, which the computed run and its replay have in common.
         updates: Optimizers in their order, with the variables that each of them updates.
+        deferral: Its update, if that is made in the next run.
     """
 
     def __init__(self, is_probe: bool = False) -> None:
@@ -57,7 +49,16 @@ class Site:
         self.synchronised = False
         self.variables: list[tf.Variable] | None = None
         self.written: list[tf.Variable] | None = None
+        self.deferral: DeferredUpdate | None = None
         self.reset()
+
+    def defers_update_of(self, variable: int) -> bool:
+        """Returns whether a variable, by its identity, is updated in the next run."""
+        return self.deferral.defers_update_of(variable)
+
+    def apply_pending(self, arrays: Sequence[np.ndarray], settings: Sequence[np.ndarray]) -> None:
+        """Makes the update outside of a run."""
+        self.deferral.apply_pending(arrays, settings)
 
     @property
     def replayable(self) -> bool:
@@ -72,6 +73,8 @@ class Site:
         self.updates: Updates = []
         self.scalers: dict[int, object] = {}
         self.shared_updates: dict[tuple[int, ...], Callable] = {}
+        if self.deferral is not None:
+            self.deferral.begin_trace()
         self._begin(replaying=False)
 
     def name_of(self, exchange: int, tensor: int) -> str:
@@ -110,6 +113,7 @@ class Runs(adapter.Hooks):
         registry: Remembers the variables made under the strategy's scope.
         on_traced: Is told of every site, once it is known what it does.
         compression: What float32 values become for the way.
+        defers: Whether updates are made in the next run, where that can be.
     """
 
     def __init__(
@@ -122,7 +126,9 @@ class Runs(adapter.Hooks):
         registry: VariableRegistry,
         on_traced: Callable[[Site], None],
         compression: tf.DType | None = None,
+        defers: bool = False,
     ) -> None:
+        self.watches_variables = defers
         self.controller: RunController | None = None
         self.strategy = strategy
         self.stays_local = stays_local
@@ -268,12 +274,18 @@ class Runs(adapter.Hooks):
         found.append(traces.nesting(site.root))
         if site.replaying:
             tables = site.tables[number] if number < len(site.tables) else ()
-            results = self._emit(site, self._stored_fn(wire, tables), [], wire)
+            results = self._emit(site, self._stored_fn(site, wire, tables), [], wire)
         else:
             site.tables.append([isinstance(v, tf.IndexedSlices) for v in wire])
+            if site.deferral is not None:
+                held = site.deferral.hold(reduce_op, values, wire, bool(found[-1]))
+                if held is not None:
+                    return held
             results = exchange(site, wire)
         # Narrow values are widened before anything is computed with them.
-        results = [tf.cast(r, _SUM_DTYPES[v.dtype]) for r, v in zip(results, values, strict=True)]
+        results = [
+            tf.cast(r, traces.SUM_DTYPES[v.dtype]) for r, v in zip(results, values, strict=True)
+        ]
         scale = self._replicas if reduce_op == tf.distribute.ReduceOp.MEAN else 1
         return [
             tf.cast(r if scale == 1 else r / tf.cast(scale, r.dtype), v.dtype)
@@ -306,7 +318,7 @@ class Runs(adapter.Hooks):
         variables: list,
         gradients: list,
         learning_rate: Any,
-        apply: Callable[[list, Any], Any],
+        apply: Callable[..., Any],
     ) -> Any:
         site = self.site
         if self.controller is None:
@@ -319,27 +331,62 @@ class Runs(adapter.Hooks):
             site.updates.append((site.scalers.get(id(optimizer), optimizer), variables))
         if tf.executing_eagerly():
             return apply(gradients, learning_rate)
+        rate = tf.convert_to_tensor(learning_rate)
+        if site.deferral is not None and site.replaying:
+            step = tf.convert_to_tensor(optimizer.iterations.value)
+            return site.deferral.update_all(gradients, rate, step)
+        if site.deferral is not None and site.deferral.takes(gradients):
+            emit = functools.partial(self._emit_push, site)
+            return site.deferral.push(emit, optimizer, variables, rate, apply)
         # A replay's nth update calls the function that was traced for the nth of the computed run.
         key = (site.num_updates, id(optimizer), *map(id, variables))
         site.num_updates += 1
         if key not in site.shared_updates:
             site.shared_updates[key] = tf.function(apply, autograph=False)
-        return site.shared_updates[key](gradients, tf.convert_to_tensor(learning_rate))
+        return site.shared_updates[key](gradients, rate)
 
     def on_variable(self, variable: tf.Variable) -> None:
         self.registry.add(variable)
 
+    def on_use(self, variable: tf.Variable) -> None:
+        if self.site is not None or self.controller is None:
+            return
+        if tf.executing_eagerly():
+            if self.controller.is_pending(id(variable)):
+                self.controller.settle()
+        elif variable.trainable and not adapter.in_symbolic_scope() and not self.stays_local():
+            # When such a function is called nobody is told.
+            self.controller.update_at_once(
+                f"a tf.function uses the variable {variable.name.split(':')[0]!r} outside of "
+                "strategy.run"
+            )
+
+    def deferral(self) -> DeferredUpdate | None:
+        """Returns what a training function's update may become, if updates are deferred at all."""
+        if not self.watches_variables or self.stays_local():
+            return None
+        if len(self.strategy.extended.worker_devices) > 1:
+            self.say_not_deferred("workers have several devices")
+            return None
+        return DeferredUpdate(self.strategy, self.controller)
+
+    def say_not_deferred(self, why: str) -> None:
+        """Tells the user, once, why an update does not wait for the next run."""
+        self.controller.say_once(
+            f"the update of a training function is made at its end, not in the next run: {why}"
+        )
+
     # How.
 
     def _as_sent(self, value: tf.Tensor) -> tf.Tensor:
-        if value.dtype not in _SUM_DTYPES:
+        if value.dtype not in traces.SUM_DTYPES:
             raise TypeError(
                 f"Expected all_reduce of floats or integers. Received: a tensor of dtype "
                 f"{value.dtype.name} ({value}). Cast it before the exchange."
             )
         if isinstance(value, tf.IndexedSlices):
             return tf.IndexedSlices(self._as_sent(value.values), value.indices, value.dense_shape)
-        dtype = _SUM_DTYPES[value.dtype]
+        dtype = traces.SUM_DTYPES[value.dtype]
         return tf.cast(
             value, self._compression if dtype == tf.float32 and self._compression else dtype
         )
@@ -358,10 +405,13 @@ class Runs(adapter.Hooks):
         last = max(len(way.buckets) - 1, 0) if self.controller.offers_early else 0
         for number, bucket in enumerate(way.buckets[:last]):
             give = self._in_run(functools.partial(self.controller.offer, way, number))
-            self._emit(site, give, _parts(wire[t] for t in bucket.tensors), ())
+            self._emit(site, give, parts(wire[t] for t in bucket.tensors), ())
         give = self._in_run(functools.partial(self.controller.exchange_last, way, last))
-        inputs = _parts(wire[t] for bucket in way.buckets[last:] for t in bucket.tensors)
+        inputs = parts(wire[t] for bucket in way.buckets[last:] for t in bucket.tensors)
         return self._emit(site, give, inputs, wire)
+
+    def _emit_push(self, site: Site, fn: Callable, inputs: Sequence[tf.Tensor]) -> None:
+        self._emit(site, self._in_run(lambda arrays: fn(*arrays)), inputs, ())
 
     def _exchange_of_flag(self, site: Site, wire: Sequence[tf.Tensor]) -> list[tf.Tensor]:
         return self._emit(site, self._exchange_of_flag_fn(), wire, wire)
@@ -413,22 +463,19 @@ class Runs(adapter.Hooks):
 
         return exchange
 
-    def _stored_fn(self, likes: Sequence[tf.Tensor], tables: Sequence[bool]) -> Callable:
+    def _stored_fn(
+        self, site: Site, likes: Sequence[tf.Tensor], tables: Sequence[bool]
+    ) -> Callable:
+        if site.deferral is not None:
+            return lambda: self.controller.stored(site.deferral.way)
         if len(tables) != len(likes):
             tables = [False] * len(likes)
         specs = [
             TensorSpec(v.dtype.name, tuple(v.shape.as_list()), by_rows)
             for v, by_rows in zip(likes, tables, strict=True)
         ]
-        return lambda: self.controller.stored(specs)
-
-
-def _parts(values: Iterable[tf.Tensor | tf.IndexedSlices]) -> list[tf.Tensor]:
-    """Returns tensors as they are, and rows of a table as their numbers and themselves."""
-    parts = []
-    for value in values:
-        parts += [value.indices, value.values] if isinstance(value, tf.IndexedSlices) else [value]
-    return parts
+        way = self.controller.plan(specs)
+        return lambda: self.controller.stored(way)
 
 
 def _foreign_change(site: Site, before: dict[int, tuple[tf.Variable, np.ndarray]]) -> str:

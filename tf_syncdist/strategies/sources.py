@@ -108,6 +108,7 @@ class Source:
             # A look at the first batch may still be under way, but nothing older.
             self._passes = {n: p for n, p in self._passes.items() if n >= number - 2}
             self._passes[number] = _Pass(self._controller.begin_pass())
+            self._controller.input_may_end = self._controller.input_may_end or self._ends
             return np.int64(number)
 
     def _choose(self, number: np.int64, index: np.int64) -> np.int64:

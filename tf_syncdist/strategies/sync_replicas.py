@@ -12,6 +12,9 @@ from tf_syncdist.cluster import roles
 from tf_syncdist.cluster.child import become_aggregator
 from tf_syncdist.cutoff import CutoffPolicy, serialize
 from tf_syncdist.observability.reports import Report
+from tf_syncdist.propagation import PriorityPropagation, Propagation
+from tf_syncdist.propagation import serialize as serialize_propagation
+from tf_syncdist.propagation.policies import cutter
 from tf_syncdist.strategies import adapter, inputs, keras_calls, options
 from tf_syncdist.strategies.controller import LocalReport, RunController
 from tf_syncdist.strategies.epochs import EpochExchange
@@ -64,6 +67,10 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
             cut; a bucket leaves as soon as backpropagation has yielded it. By default a twelfth
             of all gradients, 4 to 16 MiB, less with more workers. A smaller one lets more of the
             exchange happen during backpropagation, at some CPU time per bucket.
+        propagation: In which order gradients travel, and when they are waited for: a
+            `tf_syncdist.propagation.FifoPropagation` (the default) or `PriorityPropagation`, which
+            sends what the next forward pass needs first and does not wait for the rest. Use that
+            where the network sets the pace.
         transport: How gradients reach the service. "auto" (the default): through shared memory
             where the service runs on the same machine and memory can be shared with it, else
             over gRPC. "grpc" and "shared_memory" allow one of them only.
@@ -131,6 +138,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         tls_ca: str | None = None,
         token: str | None = None,
         bucket_bytes: int | None = None,
+        propagation: Propagation | None = None,
         transport: str = "auto",
         compression: str | None = None,
         deterministic: bool = False,
@@ -146,6 +154,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         policy = options.policy(backup_workers, cutoff)
         options.check(bucket_bytes, transport, compression, history_rounds, history_bytes)
         options.check_nonfinite(nonfinite)
+        propagation = options.propagation(propagation)
         role = roles.resolve(cluster_resolver)
         self._aggregate = policy.replicas_to_aggregate(role.num_workers)
         options.check_faults(min_workers, detection_seconds, role.num_workers)
@@ -177,6 +186,9 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
                 min_workers=min_workers,
                 detection_seconds=detection_seconds,
                 credentials=credentials,
+                propagation=serialize_propagation(propagation),
+                credit_bytes=getattr(propagation, "credit_bytes", 0),
+                runs_ahead=int(isinstance(propagation, PriorityPropagation)),
             )
             self._member = Membership(role, config, print_report)
         self._registry = VariableRegistry()
@@ -189,6 +201,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
             self._registry,
             self._on_traced,
             options.COMPRESSIONS[compression],
+            isinstance(propagation, PriorityPropagation) and self._member is not None,
         )
         self._lifted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
         first_replica = role.task_index * len(devices)
@@ -196,14 +209,15 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         self._collective_key_base = next(self._collective_keys)
         super().__init__(adapter.WorkerExtended(self, devices, first_replica, self._runs))
         if self._member is not None:
-            self._start(bucket_bytes, nonfinite)
+            cut = cutter(propagation, bucket_bytes, len(role.service_addresses), role.num_workers)
+            self._start(cut, nonfinite, getattr(propagation, "overlap", True))
         keras_calls.install(self)
 
-    def _start(self, bucket_bytes: int | None, nonfinite: str) -> None:
+    def _start(self, cut: Callable, nonfinite: str, overlaps: bool) -> None:
         session = self._member.session
         state = CommonState(self._registry)
         self._controller = RunController(
-            session, state, bucket_bytes, self._before_run, say, nonfinite=nonfinite
+            session, state, cut, self._before_run, say, nonfinite=nonfinite, overlaps=overlaps
         )
         self._epochs = EpochExchange(
             session,
@@ -211,6 +225,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
             lambda: self._controller.runs_done,
             self._controller.mend,
             lambda: self._controller.is_ahead,
+            self._controller.settle,
         )
         self._seeds = Seeds(self._registry, self.worker_index)
         self._stopping = Stopping(session, lambda: self._controller.run)

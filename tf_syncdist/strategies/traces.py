@@ -11,6 +11,25 @@ from typing import Any
 
 import tensorflow as tf
 
+# What is summed as what.
+SUM_DTYPES = {
+    tf.float16: tf.float32,
+    tf.bfloat16: tf.float32,
+    tf.float32: tf.float32,
+    tf.float64: tf.float64,
+    tf.int32: tf.int32,
+    tf.int64: tf.int64,
+}
+
+
+def widened(result: tf.Tensor, dtype: tf.DType) -> tf.Tensor:
+    """Returns the result of an exchange as values of the dtype that was given to it.
+
+    Narrow values are widened before anything is computed with them.
+    """
+    return tf.cast(tf.cast(result, SUM_DTYPES[dtype]), dtype)
+
+
 # Operations that are given a variable and leave it as it is.
 _READS = {
     "DisableCopyOnRead",

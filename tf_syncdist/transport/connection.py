@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import grpc
 
 from tf_syncdist.errors import AggregatorUnreachableError, ServiceError
+from tf_syncdist.propagation.queue import CreditQueue, Urgency
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials, last_error
@@ -32,6 +33,7 @@ class Connection:
             the connection, what happened, and gRPC's code if it is an error of gRPC's.
         timeout_seconds: How long to wait for the service.
         credentials: What is shown to the service, and demanded of it.
+        credit_bytes: How many bytes of slices may be on their way, if they are sent by urgency.
 
     Raises:
         AggregatorUnreachableError: If nothing answers in time.
@@ -45,6 +47,7 @@ class Connection:
         on_error: Callable[["Connection", ServiceError, grpc.StatusCode | None], None],
         timeout_seconds: float = 30.0,
         credentials: Credentials = NO_CREDENTIALS,
+        credit_bytes: int = 0,
     ) -> None:
         self.address = address
         self._on_message = on_message
@@ -53,6 +56,8 @@ class Connection:
         # `None` says that nothing more comes, `_LOOK` that there is something in the background.
         self._outgoing: queue.SimpleQueue[Outgoing | None | object] = queue.SimpleQueue()
         self._background: collections.deque[Outgoing] = collections.deque()
+        self._lock = threading.Lock()
+        self._slices: CreditQueue[Outgoing] = CreditQueue(credit_bytes)
         self._reader: threading.Thread | None = None
         self._channel = credentials.channel(address)
         try:
@@ -93,6 +98,24 @@ class Connection:
             message = _LOOK
         self._outgoing.put(message)
 
+    def send_slice(self, message: Outgoing, urgency: Urgency, nbytes: int) -> None:
+        """Queues a slice, which leaves by its urgency and as the credit allows; never blocks.
+
+        Args:
+            message: What is sent. What makes it returns `None` if nobody wants it any more.
+            urgency: The smallest leaves first; everything that is not a slice leaves before.
+            nbytes: Size of the slice.
+        """
+        with self._lock:
+            self._slices.put(urgency, nbytes, message)
+        self._outgoing.put(_LOOK)
+
+    def acknowledge(self, nbytes: int) -> None:
+        """Takes note that slices have arrived."""
+        with self._lock:
+            self._slices.acknowledge(nbytes)
+        self._outgoing.put(_LOOK)
+
     def report(self, timeout_seconds: float = 10.0) -> pb.ReportReply:
         """Asks for the job's counters."""
         call = self._channel.unary_unary(
@@ -132,8 +155,10 @@ class Connection:
     def _next(self) -> Outgoing | None:
         """Waits for the next message; returns `None` when all has been sent."""
         while True:
+            with self._lock:
+                idle = not self._background and not self._slices.is_ready
             try:
-                message = self._outgoing.get(block=not self._background, timeout=60.0)
+                message = self._outgoing.get(block=idle, timeout=60.0)
             except queue.Empty:
                 message = _LOOK
             if message is not _LOOK:
@@ -141,8 +166,26 @@ class Connection:
                     self._outgoing.put(None)
                     return self._background.popleft()
                 return message
-            if self._background and self._outgoing.empty():
+            if not self._outgoing.empty():
+                continue
+            found = self._next_slice()
+            if found is not None:
+                return found
+            if self._background:
                 return self._background.popleft()
+
+    def _next_slice(self) -> bytes | None:
+        """Returns the most urgent slice that somebody wants, if the credit allows one."""
+        while True:
+            with self._lock:
+                if not self._slices.is_ready:
+                    return None
+                message, nbytes = self._slices.take()
+            data = message if isinstance(message, bytes) else message()
+            if data is not None:
+                return data
+            with self._lock:
+                self._slices.acknowledge(nbytes)
 
     def _read(self) -> None:
         code: grpc.StatusCode | None = grpc.StatusCode.OK

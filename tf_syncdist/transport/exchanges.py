@@ -7,8 +7,9 @@ import numpy as np
 
 from tf_syncdist.errors import ServiceError
 from tf_syncdist.propagation import rows
+from tf_syncdist.propagation.queue import Acknowledging, Urgency
 from tf_syncdist.propagation.rows import Rows
-from tf_syncdist.propagation.slices import Bucket, Plan, Slice
+from tf_syncdist.propagation.slices import ITEM_BYTES, Bucket, Plan, Slice
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.allocator import keep_freed_memory
@@ -39,7 +40,8 @@ class Exchanging(Link):
         self._held: list[dict[int, dict[tuple[int, int], tuple[pb.Result, memoryview]]]] = [
             {} for _ in config.addresses
         ]
-        self._offered: list[list[Outgoing]] = [[] for _ in config.addresses]
+        self._offered: list[list[tuple[Outgoing, Urgency, int]]] = [[] for _ in config.addresses]
+        self._acknowledging = [Acknowledging(config.credit_bytes) for _ in config.addresses]
         self._is_late = False
         self._done: dict[int, tuple[int, int, bool]] = {}
         self._fates = dict.fromkeys((pb.CONTRIBUTED, pb.LATE, pb.REPLAYED, pb.MISSED), 0)
@@ -111,6 +113,7 @@ class Exchanging(Link):
                 dtype=_DTYPE_NUMBERS[part.dtype],
                 elements=part.elements,
                 layout=plan.layout,
+                priority=part.priority,
             )
             anew: Outgoing = functools.partial(self._inline, header, part, flat)
             lent = None
@@ -127,8 +130,23 @@ class Exchanging(Link):
                 _copy_in(part, flat, data[part.offset : part.offset + part.nbytes])
                 message = wire.encode(pb.ToAggregator(contribution=located))
             with self._changed:
-                self._offered[part.shard].append(anew)
-                self._post(part.shard, message)
+                urgency = Urgency(run, exchange, part.priority)
+                self._offered[part.shard].append((anew, urgency, part.nbytes))
+                self._post_slice(part.shard, message, urgency, part.nbytes)
+
+    def _post_slice(self, shard: int, message: Outgoing, urgency: Urgency, nbytes: int) -> None:
+        if not self.config.credit_bytes:
+            self._post(shard, message)
+            return
+        if isinstance(message, bytes):
+            # It waits, perhaps until the run is over without it.
+            message = functools.partial(self._unless_over, urgency.run, message)
+        if self._ready[shard]:
+            self._connections[shard].send_slice(message, urgency, nbytes)
+
+    def _unless_over(self, run: int, message: bytes) -> bytes | None:
+        with self._changed:
+            return None if self._is_over(run) else message
 
     def _inline(
         self, header: pb.Contribution, part: Slice, flat: Mapping[int, np.ndarray]
@@ -175,6 +193,7 @@ class Exchanging(Link):
         plan: Plan,
         arrays: Sequence[np.ndarray],
         on_all_withheld: Callable[[], None] | None = None,
+        parts: Sequence[Slice] | None = None,
     ) -> tuple[int, int] | None:
         """Waits for the result of an exchange and writes it into `arrays`.
 
@@ -185,6 +204,8 @@ class Exchanging(Link):
             arrays: Contiguous tensors to fill.
             on_all_withheld: Given by a worker that keeps its values back; called if nobody else
                 contributes either, so that it must.
+            parts: What is waited for; everything by default. Results that come in parts are kept
+                until the run is finished.
 
         Returns:
             In how many slices this worker's values are, and how many slices there are; `None` if
@@ -194,7 +215,8 @@ class Exchanging(Link):
             ServiceError: If the run had fewer exchanges on the worker that ended it.
         """
         key = (run, exchange)
-        wanted = len(plan.slices)
+        left = {(p.shard, p.index): p for p in (plan.slices if parts is None else parts)}
+        wanted = len(left)
 
         def known() -> int | None:
             return next((over[run] for over in self._over if run in over), None)
@@ -204,13 +226,11 @@ class Exchanging(Link):
 
         def there() -> bool:
             slices = self._results.get(key, {})
-            come = any((p.shard, p.index) in slices for p in left)
-            if come or run in self._gone or is_asked():
+            if not slices.keys().isdisjoint(left) or run in self._gone or is_asked():
                 return True
             return known() is not None and exchange >= known()
 
         flat = [a.reshape(-1) for a in arrays]
-        left = list(plan.slices)
         used = 0
         while left:
             with self._changed:
@@ -226,7 +246,7 @@ class Exchanging(Link):
                 if run in self._gone:
                     return None
                 slices = self._results.get(key, {})
-                come = [part for part in left if (part.shard, part.index) in slices]
+                come = [left.pop(k) for k in list(slices) if k in left]
                 if not come:
                     if known() is not None and exchange >= known():
                         raise ServiceError(
@@ -250,8 +270,9 @@ class Exchanging(Link):
                 else:
                     _copy_out(part, payload, flat)
                 used += self.config.worker in contributors
-            left = [part for part in left if part not in come]
         with self._changed:
+            if parts is not None:
+                return used, wanted
             self._results.pop(key, None)
             for lending in self._lending:
                 if lending is not None:
@@ -325,6 +346,7 @@ class Exchanging(Link):
 
     def _resend(self, shard: int, welcome: pb.Welcome, is_new: bool) -> None:
         super()._resend(shard, welcome, is_new)
+        self._acknowledging[shard] = Acknowledging(self.config.credit_bytes)
         if is_new:
             # It says again which runs are over, if it knows.
             self._over[shard].clear()
@@ -341,8 +363,8 @@ class Exchanging(Link):
             self._send(shard, pb.ToAggregator(resume=resume))
         for run in range(first, self._finished):
             self._send(shard, _run_finished(run, *self._done[run]))
-        for message in self._offered[shard]:
-            self._post(shard, message)
+        for offered in self._offered[shard]:
+            self._post_slice(shard, *offered)
         if self._is_late:
             late = pb.LateContribution(run=self._finished)
             self._send(shard, pb.ToAggregator(late=late))
@@ -365,6 +387,11 @@ class Exchanging(Link):
         return run < self._finished or self._exchanges_of(run) is not None
 
     def _on_result(self, shard: int, message: pb.Result, payload: memoryview) -> None:
+        if self.config.credit_bytes:
+            nbytes = message.elements * ITEM_BYTES[pb.DataType.Name(message.dtype).lower()]
+            arrived = self._acknowledging[shard].arrived(nbytes)
+            if arrived:
+                self._send(shard, pb.ToAggregator(ack=pb.Ack(bytes=arrived)))
         if message.run >= self._finished:
             slices = self._results.setdefault((message.run, message.exchange), {})
             if message.HasField("location"):

@@ -55,6 +55,9 @@ class SessionConfig(NamedTuple):
         min_workers: See `SyncReplicasStrategy`.
         detection_seconds: See `SyncReplicasStrategy`.
         credentials: What it shows to the service, and demands of it.
+        propagation: How gradients travel, serialized.
+        credit_bytes: See `PriorityPropagation`; 0 if slices leave in the order in which they come.
+        runs_ahead: By how many runs this worker may be ahead of the last one it has finished.
     """
 
     addresses: tuple[str, ...]
@@ -71,6 +74,9 @@ class SessionConfig(NamedTuple):
     min_workers: int = 1
     detection_seconds: float = 3.0
     credentials: Credentials = NO_CREDENTIALS
+    propagation: str = ""
+    credit_bytes: int = 0
+    runs_ahead: int = 0
 
 
 class Link:
@@ -152,6 +158,7 @@ class Link:
                         functools.partial(self._on_lost, shard),
                         config.connect_timeout_seconds,
                         config.credentials,
+                        config.credit_bytes,
                     )
                 )
                 self._down_since[shard] = time.monotonic()
@@ -205,6 +212,9 @@ class Link:
             address=config.address,
             min_workers=config.min_workers,
             detection_seconds=config.detection_seconds,
+            propagation=config.propagation,
+            credit_bytes=config.credit_bytes,
+            runs_ahead=config.runs_ahead,
         )
         welcome = self._welcomes[shard]
         if welcome is not None:
@@ -267,6 +277,7 @@ class Link:
                     functools.partial(self._on_lost, shard),
                     min(left, 5.0),
                     self.config.credentials,
+                    self.config.credit_bytes,
                 )
             except AggregatorUnreachableError:
                 continue
@@ -296,6 +307,9 @@ class Link:
                 f"{connection.address}" + (", which was started again" if is_new else "")
             )
             self._resend(shard, message, is_new)
+
+    def _on_ack(self, shard: int, message: pb.Ack, *_: object) -> None:
+        self._connections[shard].acknowledge(message.bytes)
 
     def _on_members(self, shard: int, message: pb.Members, *_: object) -> None:
         if not shard:

@@ -1,0 +1,126 @@
+"""How the gradients of a round travel: small frozen objects that a user gives to a strategy."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tf_syncdist.propagation.slices import Plan, TensorSpec, plan, plan_by_priority
+
+MAX_SLICE_ELEMENTS = 16 * 2**20
+MAX_CREDIT_BYTES = 2**30
+
+
+def _check_elements(name: str, value: int) -> None:
+    if not isinstance(value, int) or not 1 <= value <= MAX_SLICE_ELEMENTS:
+        raise ValueError(
+            f"`slice_elements` must be an int from 1 to {MAX_SLICE_ELEMENTS}. Received: "
+            f"slice_elements={value!r}. {name}'s default suits most networks."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FifoPropagation:
+    """Sends gradients in the order in which backpropagation yields them; the step waits for all.
+
+    Tensors share messages of some megabytes (see `bucket_bytes` of `SyncReplicasStrategy`), which
+    costs the CPU least. Right for fast networks.
+
+    Args:
+        overlap: Whether a bucket leaves as soon as backpropagation has yielded it. Default: `True`;
+            `False`, which sends everything when the last gradient is there, is for comparison.
+        slice_elements: If given, tensors are cut into slices of so many elements in place of
+            buckets, as `PriorityPropagation` does, for comparison. Default: `None`.
+
+    Raises:
+        ValueError: If `slice_elements` is below 1 or too large for a message.
+    """
+
+    overlap: bool = True
+    slice_elements: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.slice_elements is not None:
+            _check_elements("FifoPropagation", self.slice_elements)
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments that recreate it."""
+        return dataclasses.asdict(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class PriorityPropagation:
+    """Sends what the next forward pass needs first, and does not wait for the rest (P3).
+
+    Tensors are cut into slices that are sent, summed and returned independently, the first layers'
+    first. The update of a variable is made where the next run begins, just before the layer that
+    reads it, so that the exchange overlaps with that forward pass as well. The results are the same
+    bits as without it. Use it where the network sets the pace: it costs CPU time per slice.
+
+    Args:
+        slice_elements: Into how many elements tensors are cut; smaller neighbours share a slice.
+            Larger slices cost less CPU, but an urgent one waits longer for the one before it.
+            Default: 50,000.
+        credit_bytes: How much each side may have sent without being told that it has arrived. An
+            urgent slice waits for at most that much. Raise it for networks with a long delay: the
+            bandwidth times the round trip has to fit in. Default: 512 KiB.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        Jayarajan et al.: Priority-based Parameter Propagation for Distributed DNN Training,
+        arXiv 1905.03960, section 4. The credit is that of Peng et al., ByteScheduler (SOSP 2019).
+    """
+
+    slice_elements: int = 50_000
+    credit_bytes: int = 512 * 2**10
+
+    def __post_init__(self) -> None:
+        _check_elements("PriorityPropagation", self.slice_elements)
+        if not isinstance(self.credit_bytes, int) or not 1 <= self.credit_bytes <= MAX_CREDIT_BYTES:
+            raise ValueError(
+                f"`credit_bytes` must be an int from 1 to {MAX_CREDIT_BYTES}. Received: "
+                f"credit_bytes={self.credit_bytes!r}. With less than a slice, every slice waits "
+                "until the one before it has arrived."
+            )
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments that recreate it."""
+        return dataclasses.asdict(self)
+
+
+Propagation = FifoPropagation | PriorityPropagation
+
+
+def cutter(
+    propagation: Propagation, bucket_bytes: int | None, num_shards: int, num_workers: int
+) -> Callable[[Sequence[TensorSpec], Sequence[int] | None], Plan]:
+    """Returns the function that cuts the tensors of an exchange.
+
+    Args:
+        propagation: How they travel.
+        bucket_bytes: See `SyncReplicasStrategy`.
+        num_shards: Over how many shards slices are spread.
+        num_workers: How many workers the job has.
+
+    Returns:
+        A function of the tensors and, if that is known, of when the forward pass uses each first;
+        their own order stands for it otherwise.
+    """
+    slice_elements = propagation.slice_elements
+
+    def cut(specs: Sequence[TensorSpec], priorities: Sequence[int] | None = None) -> Plan:
+        if slice_elements is None:
+            return plan(specs, bucket_bytes, num_shards, num_workers)
+        if priorities is None:
+            priorities = range(len(specs))
+        return plan_by_priority(specs, priorities, slice_elements, num_shards)
+
+    return cut
+
+
+def serialize(propagation: Propagation) -> str:
+    """Returns text that is the same exactly for equal objects; workers compare it."""
+    text = {"class_name": type(propagation).__name__, "config": propagation.get_config()}
+    return json.dumps(text, sort_keys=True)
