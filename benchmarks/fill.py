@@ -2,10 +2,11 @@
 
     python -m benchmarks.allreduce --num_workers=2,3 --json_out=allreduce.json
     python -m benchmarks.fit_overhead --json_out=fit.json
-    python -m benchmarks.fill --rows=allreduce.json,fit.json README.md docs/performance.md
+    python -m benchmarks.propagation --json_out=propagation.json
+    python -m benchmarks.fill --rows=allreduce.json,fit.json,propagation.json docs/performance.md
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is
-allreduce or fit_overhead.
+allreduce, fit_overhead or propagation.
 """
 
 from __future__ import annotations
@@ -100,19 +101,53 @@ def _fit_overhead(rows: Sequence[Row]) -> str:
     return f"Steps of `fit` per second, medians.\n\n{_markdown(lines)}"
 
 
+def _propagation(rows: Sequence[Row]) -> str:
+    """Returns milliseconds per step, a line for each model and bandwidth."""
+    modes = {"no_overlap": "no overlap", "fifo": "fifo", "sliced": "sliced", "priority": "priority"}
+    found: dict[tuple[str, float], dict[str, Row]] = {}
+    for row in rows:
+        # Of several sizes of slices the first one is the mode's.
+        found.setdefault((row["model"], row["gbps"]), {}).setdefault(row["mode"], row)
+    head = ["model", "Gb/s", "computing", "exchange"]
+    lines = [[*head, *modes.values(), "priority over fifo", "priority to bound"]]
+    for (model, gbps), by_mode in found.items():
+        row = next(iter(by_mode.values()))
+        steps = {mode: r["step_seconds"] for mode, r in by_mode.items()}
+        computing, exchange = row["compute_seconds"], row["exchange_seconds"]
+        ratios = ["", ""]
+        if "priority" in steps:
+            ratios[1] = f"{steps['priority'] / max(computing, exchange):.2f}"
+        if "priority" in steps and "fifo" in steps:
+            ratios[0] = f"{steps['fifo'] / steps['priority']:.2f}"
+        cells = [_milliseconds(seconds) for seconds in (computing, exchange)]
+        cells += [_milliseconds(steps.get(mode)) for mode in modes]
+        lines.append([model, f"{gbps:.2f}" if gbps else "no limit", *cells, *ratios])
+    note = (
+        "Milliseconds per step, medians. The last columns: the speed-up of priority over fifo, and "
+        "its step by the longer one of computing and exchange."
+    )
+    return f"{note}\n\n{_markdown(lines)}"
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{1000 * seconds:.0f}"
+
+
 def main(argv: Sequence[str]) -> None:
     """Fills the tables of the files that are named."""
     rows = [row for path in _ROWS.value for row in json.loads(pathlib.Path(path).read_text())]
     tables = {
         "allreduce": _allreduce([row for row in rows if "median_seconds" in row]),
         "fit_overhead": _fit_overhead([row for row in rows if "steps_per_second" in row]),
+        "propagation": _propagation([row for row in rows if "exchange_seconds" in row]),
     }
     for path in map(pathlib.Path, argv[1:]):
         text = path.read_text()
         for name, table in tables.items():
             begin = f"<!-- table: {name} -->"
             pattern = re.compile(f"{re.escape(begin)}\n.*?{re.escape(_END)}", re.DOTALL)
-            if table.count("\n| ") > 1:
+            # More than the head and the rule below it.
+            if table.count("\n| ") > 2:
                 text = pattern.sub(lambda _, b=begin, t=table: f"{b}\n{t}\n{_END}", text)
         path.write_text(text)
 

@@ -158,8 +158,9 @@ def start(
     cluster: Mapping[str, Sequence[str]],
     flags: Sequence[str],
     directory: pathlib.Path,
+    prefix: Sequence[str] = (),
 ) -> Task:
-    """Starts task `index` with its output going to a file."""
+    """Starts task `index` with its output going to a file; `prefix` is put before its command."""
     log_file = directory / f"{task}_{index}.log"
     environment = {
         "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -169,7 +170,7 @@ def start(
     }
     with log_file.open("wb") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", module, *flags],
+            [*prefix, sys.executable, "-m", module, *flags],
             cwd=_ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,

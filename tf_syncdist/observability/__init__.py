@@ -1,1 +1,1 @@
-"""Reports: what happened to every worker, in plain lines."""
+"""Reports and timelines: what happened to every worker, and when."""
