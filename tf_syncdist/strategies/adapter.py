@@ -7,7 +7,7 @@ Every use below says why no public way exists. Tried with TensorFlow 2.18 to 2.2
 import contextlib
 import importlib
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -61,7 +61,7 @@ _select_replica = _private("tensorflow.python.distribute.distribute_utils", "sel
 
 # How variables tell what they are; tf.VariableSynchronization is public, the classes are not.
 _SyncOnReadVariable = _private("tensorflow.python.distribute.values", "SyncOnReadVariable")
-_MirroredVariable = _private("tensorflow.python.distribute.values", "MirroredVariable")
+MirroredVariable = _private("tensorflow.python.distribute.values", "MirroredVariable")
 
 # Whether Keras only wants to know shapes; it reads variables in a graph that nobody executes.
 in_symbolic_scope = _private("keras.src.backend.common.symbolic_scope", "in_symbolic_scope")
@@ -84,13 +84,7 @@ _PLAIN_ITERATOR = tf.distribute.InputOptions(
 
 
 class Hooks:
-    """What a strategy is asked while functions are traced. The defaults are for one worker.
-
-    Attributes:
-        watches_variables: Whether it is to be told of uses of variables.
-    """
-
-    watches_variables = False
+    """What a strategy is asked while functions are traced. The defaults are for one worker."""
 
     def carried(self) -> Callable[[], contextlib.AbstractContextManager]:
         """Returns what a replica's thread enters to be seen as part of this one."""
@@ -139,9 +133,6 @@ class Hooks:
 
     def on_variable(self, variable: tf.Variable) -> None:
         """Is told of every variable made under the strategy's scope."""
-
-    def on_use(self, variable: tf.Variable) -> None:
-        """Is told before a variable is read or written, if `watches_variables`."""
 
 
 class WorkerReplicaContext(tf.distribute.ReplicaContext):
@@ -261,69 +252,6 @@ def _is_table(value: Any) -> bool:
     )
 
 
-class WatchedVariable(_MirroredVariable):
-    """A variable that says before it is read or written.
-
-    TensorFlow chooses the class of a strategy's variables from a table of its own, so theirs is
-    changed after they are made. What is read through `handle` by a graph is not noticed here.
-    """
-
-    def _get(self) -> Any:
-        self._tf_syncdist_hooks.on_use(self)
-        return super()._get()
-
-    def _get_cross_replica(self) -> Any:
-        self._tf_syncdist_hooks.on_use(self)
-        return super()._get_cross_replica()
-
-    def _get_on_device_or_primary(self) -> Any:
-        self._tf_syncdist_hooks.on_use(self)
-        return super()._get_on_device_or_primary()
-
-    @property
-    def handle(self) -> Any:
-        self._tf_syncdist_hooks.on_use(self)
-        return super().handle
-
-    def _update(self, *args: Any, **kwargs: Any) -> Any:
-        self._tf_syncdist_hooks.on_use(self)
-        return super()._update(*args, **kwargs)
-
-    def _gather_saveables_for_checkpoint(self) -> Any:
-        self._tf_syncdist_hooks.on_use(self)
-        return super()._gather_saveables_for_checkpoint()
-
-    def _dense_var_to_tensor(
-        self, dtype: Any = None, name: Any = None, as_ref: bool = False
-    ) -> Any:
-        instead = _substitutes.get(id(self))
-        if instead is not None:
-            return tf.convert_to_tensor(instead, dtype)
-        return super()._dense_var_to_tensor(dtype, name, as_ref)
-
-    def value(self) -> Any:
-        instead = _substitutes.get(id(self))
-        return super().value() if instead is None else instead
-
-    def read_value(self) -> Any:
-        instead = _substitutes.get(id(self))
-        return super().read_value() if instead is None else instead
-
-
-# What is read in place of a variable, by its identity, while a function is traced.
-_substitutes: dict[int, tf.Tensor] = {}
-
-
-@contextlib.contextmanager
-def substituted(variable: tf.Variable, value: tf.Tensor) -> Iterator[None]:
-    """Lets a watched variable be read as something else."""
-    _substitutes[id(variable)] = value
-    try:
-        yield
-    finally:
-        del _substitutes[id(variable)]
-
-
 class WorkerExtended(_MirroredExtended):
     """MirroredStrategy's machinery for the devices of one worker.
 
@@ -407,9 +335,6 @@ class WorkerExtended(_MirroredExtended):
 
     def _create_variable(self, next_creator: Callable, **kwargs: Any) -> tf.Variable:
         variable = super()._create_variable(next_creator, **kwargs)
-        if self._hooks.watches_variables and type(variable) is _MirroredVariable:
-            variable.__class__ = WatchedVariable
-            variable._tf_syncdist_hooks = self._hooks
         self._hooks.on_variable(variable)
         return variable
 

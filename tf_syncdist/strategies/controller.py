@@ -1,19 +1,17 @@
 """The training runs of one worker as they are executed, and what became of each."""
 
 import collections
-import functools
 import time
 import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from tf_syncdist.propagation.rows import Rows
-from tf_syncdist.propagation.slices import Bucket, Plan, TensorSpec
+from tf_syncdist.propagation.slices import Plan, TensorSpec
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
-from tf_syncdist.strategies.buffers import Buffers
 from tf_syncdist.strategies.deferral import Deferral, Pending
-from tf_syncdist.strategies.nonfinite import Inspection, zeros
+from tf_syncdist.strategies.nonfinite import Inspection
+from tf_syncdist.strategies.run_exchanges import RunExchanges
 from tf_syncdist.strategies.run_types import LocalReport, Mode, RunSite, StateStore
 from tf_syncdist.transport.session import Session, State
 
@@ -54,13 +52,12 @@ class RunController:
         self.is_running = False
         self._session = session
         self._store = store
-        self._inspection = Inspection(nonfinite, session.config.worker)
+        self._exchanges = RunExchanges(session, Inspection(nonfinite, session.config.worker))
         self.input_may_end = False
         self._updates_at_once = False
         self._said: set[str] = set()
-        self.offers_early = overlaps and not self._inspection.looks
+        self.offers_early = overlaps and not self._exchanges.inspection.looks
         self._cut = cut
-        self._buffers = Buffers()
         self._on_begin = on_begin
         self._on_notice = on_notice
         self._clock = clock
@@ -70,12 +67,8 @@ class RunController:
         self._site: RunSite | None = None
         self._explained: weakref.WeakSet = weakref.WeakSet()
         self._substitute = False
-        self._late = False
-        self._lost = False
-        self._withheld = False
-        self._deferral = Deferral(session, self._buffers, self._give_zeros)
+        self._deferral = Deferral(session, self._exchanges.buffers, self._exchanges.give_zeros)
         self._is_deferred = False
-        self._exchange = 0
         self._over = False
         self._void = False
         self._input_pass: int | None = None
@@ -105,10 +98,8 @@ class RunController:
             self._on_begin()
             self._site = site
             self._session.begin_run(self.run)
-            self._exchange = 0
-            self._substitute = self._late = self._lost = self._withheld = False
-            self._is_deferred = False
-            self._inspection.begin_run()
+            self._exchanges.begin(self.run, site)
+            self._substitute = self._is_deferred = False
             self.answer_state_requests()
             if self._deferral.pending is not None and self._deferral.pending.site is not site:
                 self.settle()
@@ -117,6 +108,7 @@ class RunController:
             if self._mode is not Mode.COMPUTE and self._deferral.pending is not None:
                 self.settle()
                 self._mode = self._decide(site)
+            self._exchanges.gives = self._mode is Mode.COMPUTE and not self._substitute
             self.is_running = True
             continues = self._mode is Mode.COMPUTE and self._deferral.pending is not None
             return Mode.CONTINUE if continues else self._mode
@@ -136,7 +128,7 @@ class RunController:
                 numbers of the rows, and the rows.
         """
         with _recorded(self):
-            self._send(way, way.buckets[number : number + 1], arrays)
+            self._exchanges.send(way, way.buckets[number : number + 1], arrays)
 
     def exchange_last(
         self, way: Plan, number: int, arrays: Sequence[np.ndarray]
@@ -149,12 +141,8 @@ class RunController:
             arrays: The tensors of this and later buckets, in their order.
         """
         with _recorded(self):
-            if not self.offers_early:
-                self._look_at(way, way.buckets[number:], arrays)
-            self._send(way, way.buckets[number:], arrays)
-            exchange, self._exchange = self._exchange, self._exchange + 1
-            computes = self._mode is Mode.COMPUTE and not self._substitute
-            return self._receive(exchange, way, computes)
+            self._send_last(way, number, arrays)
+            return self._exchanges.receive(self._exchanges.next(), way, self._exchanges.gives)
 
     def offer_last(
         self, way: Plan, number: int, settings: Sequence[np.ndarray], arrays: Sequence[np.ndarray]
@@ -168,11 +156,8 @@ class RunController:
             arrays: The tensors of this and later buckets, in their order.
         """
         with _recorded(self):
-            if not self.offers_early:
-                self._look_at(way, way.buckets[number:], arrays)
-            self._send(way, way.buckets[number:], arrays)
-            self._deferral.hold(way, self._exchange, settings)
-            self._exchange += 1
+            self._send_last(way, number, arrays)
+            self._deferral.hold(way, self._exchanges.next(), settings)
             self._is_deferred = True
 
     # Called by the graph of a run that continues the one before, in this order.
@@ -193,6 +178,7 @@ class RunController:
             if self._deferral.pending.lost:
                 # What this run computes begins with nonsense, so it goes to nobody.
                 self._substitute = True
+                self._exchanges.gives = False
                 self._refresh()
                 if self.run >= self._resume_at:
                     self._session.send_late(self.run)
@@ -202,13 +188,12 @@ class RunController:
     def withhold(self) -> None:
         """Keeps back what this worker would give in later exchanges of the run."""
         with _recorded(self):
-            self._withhold()
+            self._exchanges.withhold()
 
     def stored(self, way: Plan) -> list[np.ndarray]:
         """Returns the stored result of the next exchange of a run that is replayed."""
         with _recorded(self):
-            number, self._exchange = self._exchange, self._exchange + 1
-            return self._receive(number, way, False)
+            return self._exchanges.receive(self._exchanges.next(), way, False)
 
     def finish(self, site: RunSite, outputs: Sequence[np.ndarray] | None) -> None:
         """Ends a run. `outputs` are kept for later replays of the site."""
@@ -216,7 +201,7 @@ class RunController:
             self.is_running = False
             if self._void:
                 return
-            if self._lost:
+            if self._exchanges.lost:
                 self._refresh()
                 self._mode = Mode.SKIP
             if self._mode is Mode.SKIP or self.run < self._resume_at:
@@ -226,7 +211,7 @@ class RunController:
                 site.outputs = None if outputs is None else [np.array(o) for o in outputs]
                 fate = pb.REPLAYED if self._substitute else pb.CONTRIBUTED
                 self._computed += 1
-                fate = pb.LATE if self._late else fate
+                fate = pb.LATE if self._exchanges.late else fate
             else:
                 fate = pb.REPLAYED
             # A thread that reads ahead may give this worker's state as soon as the run is finished.
@@ -235,17 +220,18 @@ class RunController:
                 pending = Pending(
                     site,
                     done,
-                    self._exchange,
+                    self._exchanges.count,
                     fate,
                     computes=not self._substitute,
-                    nonfinite=self._inspection.found,
-                    withheld=self._withheld,
+                    nonfinite=self._exchanges.inspection.found,
+                    withheld=self._exchanges.withheld,
                 )
                 self._deferral.begin(pending)
                 if self.input_may_end or self._updates_at_once:
                     self.settle()
             else:
-                self._session.finish(done, self._exchange, fate, self._inspection.found)
+                found = self._exchanges.inspection.found
+                self._session.finish(done, self._exchanges.count, fate, found)
             self._last_end = self._clock()
             if self._first_end is None:
                 self._first_end = self._last_end
@@ -326,7 +312,7 @@ class RunController:
             replayed=fates[pb.REPLAYED] + fates[pb.MISSED],
             missed=fates[pb.MISSED],
             wall_seconds=self._last_end - self._first_end if self._first_end else 0.0,
-            nonfinite=self._inspection.rounds,
+            nonfinite=self._exchanges.inspection.rounds,
         )
 
     def answer_state_requests(self) -> None:
@@ -334,7 +320,7 @@ class RunController:
 
         Not while a run updates them. A worker that skips runs holds the state after these.
         """
-        if self._lost:
+        if self._exchanges.lost:
             return
         requests = self._session.take_state_requests()
         if requests:
@@ -365,6 +351,11 @@ class RunController:
         self._take_over(giver)
 
     # How.
+
+    def _send_last(self, way: Plan, number: int, arrays: Sequence[np.ndarray]) -> None:
+        if not self.offers_early:
+            self._exchanges.look_at(way, way.buckets[number:], arrays)
+        self._exchanges.send(way, way.buckets[number:], arrays)
 
     def _decide(self, site: RunSite) -> Mode:
         over = self._session.job_over_at()
@@ -462,66 +453,6 @@ class RunController:
         self._resume_at = state.run
         missed = state.rounds - sum(self._session.counts.values())
         self._session.resume(state.run, max(0, missed))
-
-    def _send(self, way: Plan, buckets: Sequence[Bucket], arrays: Sequence[np.ndarray]) -> None:
-        if self._mode is not Mode.COMPUTE or self._substitute or self._withheld:
-            return
-        if self._session.exchanges_of(self.run) is not None:
-            if not self._late:
-                self._session.send_late(self.run)
-            self._late = True
-        else:
-            self._session.send(
-                self.run, self._exchange, way, _by_number(way, buckets, arrays), buckets
-            )
-
-    def _withhold(self) -> None:
-        if self._mode is Mode.COMPUTE and not self._substitute and not self._withheld:
-            self._withheld = self._late = True
-            self._session.send_late(self.run)
-
-    def _look_at(self, way: Plan, buckets: Sequence[Bucket], arrays: Sequence[np.ndarray]) -> None:
-        """Keeps an exchange's values back if they are to be finite and are not."""
-        if self._mode is Mode.COMPUTE and not self._substitute and not self._withheld:
-            tensors = _by_number(way, buckets, arrays)
-            name_of = self._site.name_of
-            if self._inspection.rejects(self.run, self._exchange, tensors, name_of):
-                self._withhold()
-
-    def _give_zeros(self, run: int, number: int, way: Plan) -> None:
-        """Contributes to an exchange to which nobody else does either, so that it can end."""
-        self._withheld = False
-        self._session.send(run, number, way, zeros(way.specs))
-
-    def _receive(self, number: int, way: Plan, computes: bool) -> list[np.ndarray]:
-        results = self._buffers.take(way.specs)
-        give_zeros = None
-        if self._withheld:
-            give_zeros = functools.partial(self._give_zeros, self.run, number, way)
-        found = self._session.receive(self.run, number, way, results, give_zeros)
-        if found is None:
-            # The service heard so late of this run that it had forgotten the results. What the
-            # run makes of zeros is overwritten by another worker's state when it ends.
-            self._lost = True
-            return [np.zeros(s.shape, s.dtype) for s in way.specs]
-        used, total = found
-        if computes and used < total:
-            self._late = True
-        return results
-
-
-def _by_number(
-    way: Plan, buckets: Sequence[Bucket], arrays: Sequence[np.ndarray]
-) -> dict[int, np.ndarray | Rows]:
-    found: dict[int, np.ndarray | Rows] = {}
-    remaining = iter(arrays)
-    for tensor in (t for bucket in buckets for t in bucket.tensors):
-        array = next(remaining)
-        if way.specs[tensor].by_rows:
-            values = next(remaining)
-            array = Rows(array.astype(np.int64), values.reshape(len(array), -1))
-        found[tensor] = array
-    return found
 
 
 class _recorded:

@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_syncdist.propagation.slices import Plan, TensorSpec
-from tf_syncdist.strategies import adapter, traces
+from tf_syncdist.strategies import adapter, traces, watched
 from tf_syncdist.strategies.controller import RunController
 
 _NEVER_USED = 2**31
@@ -229,7 +229,7 @@ class DeferredUpdate:
                 traces.widened(r, self._dtypes[t]) for r, t in zip(results, tensors, strict=True)
             ]
             # The optimizer counts its iterations when the run is done, not when it is updated.
-            counts = adapter.substituted(self._optimizer.iterations.value, step)
+            counts = watched.substituted(self._optimizer.iterations.value, step)
             with self._strategy.scope(), counts:
                 self._apply(gradients, learning_rate, tensors)
 

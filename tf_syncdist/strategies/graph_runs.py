@@ -18,7 +18,8 @@ import tensorflow as tf
 
 from tf_syncdist.strategies import adapter, traces
 from tf_syncdist.strategies.controller import Mode
-from tf_syncdist.strategies.sites import Runs, Site, apply_updates
+from tf_syncdist.strategies.replays import apply_updates
+from tf_syncdist.strategies.sites import Runs, Site
 from tf_syncdist.strategies.variables import is_local
 
 

@@ -16,12 +16,11 @@ import numpy as np
 import tensorflow as tf
 
 from tf_syncdist.propagation.slices import TensorSpec
-from tf_syncdist.strategies import adapter, traces
+from tf_syncdist.strategies import adapter, traces, watched
 from tf_syncdist.strategies.controller import Mode, RunController
 from tf_syncdist.strategies.deferred_updates import DeferredUpdate, parts
+from tf_syncdist.strategies.replays import Updates, apply_updates
 from tf_syncdist.strategies.variables import VariableRegistry, is_local
-
-Updates = list[tuple[object, list[tf.Variable]]]
 
 
 class Site:
@@ -346,9 +345,11 @@ class Runs(adapter.Hooks):
         return site.shared_updates[key](gradients, rate)
 
     def on_variable(self, variable: tf.Variable) -> None:
+        if self.watches_variables:
+            watched.watch(variable, self._on_use)
         self.registry.add(variable)
 
-    def on_use(self, variable: tf.Variable) -> None:
+    def _on_use(self, variable: tf.Variable) -> None:
         if self.site is not None or self.controller is None:
             return
         if tf.executing_eagerly():
@@ -490,17 +491,3 @@ def _foreign_change(site: Site, before: dict[int, tuple[tf.Variable, np.ndarray]
 
 class _TrainingFound(BaseException):
     """Unwinds an eager function when its first exchange shows that it is a training run."""
-
-
-def apply_updates(strategy: tf.distribute.Strategy, updates: Updates) -> None:
-    """Lets optimizers update what they have updated; stored results stand in for gradients."""
-
-    def apply() -> None:
-        for optimizer, variables in updates:
-            by_value = {id(v.value): v for v in adapter.trained_by(optimizer)}
-            # Constraints and weight decay look at Keras' variables, not at TensorFlow's inside.
-            keras_variables = [by_value.get(id(v), v) for v in variables]
-            optimizer.apply([tf.zeros(v.shape, v.dtype) for v in variables], keras_variables)
-
-    with strategy.scope():
-        strategy.extended.call_for_each_replica(apply)
