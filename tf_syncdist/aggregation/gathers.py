@@ -6,8 +6,8 @@ from typing import NamedTuple
 from tf_syncdist.aggregation.records import RoundError
 from tf_syncdist.cutoff import CutoffPolicy, SliceView
 
-# The number is that of the contract.
-START = 2
+# The numbers are those of the contract.
+START, PROPAGATION = 2, 4
 
 # A worker waits for what comes of a gather before it takes part in another one.
 _MOST_OPEN = 4
@@ -211,13 +211,17 @@ class Gathers:
     def forget(self, present: Collection[int]) -> list[GatherKey]:
         """Forgets gathers that every present worker has gone past, and returns them."""
         done = min((self._skipping.get(w, self._begun(w)) for w in present), default=0)
-        gone = [k for k, gather in self._gathers.items() if gather.closed and gather.run < done]
+        gone = [
+            k
+            for k, gather in self._gathers.items()
+            if gather.closed and gather.run < done and k.kind != PROPAGATION
+        ]
         for key in gone:
             del self._gathers[key]
         return gone
 
     def _forget_old(self) -> None:
-        closed = [k for k, gather in self._gathers.items() if gather.closed]
+        closed = [k for k, g in self._gathers.items() if g.closed and k.kind != PROPAGATION]
         for key in closed[:-_MOST_CLOSED]:
             del self._gathers[key]
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
-from tf_syncdist.propagation.queue import CreditQueue, Urgency
+from tf_syncdist.propagation.queue import IN_ORDER, CreditQueue, Urgency
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
@@ -100,7 +100,7 @@ class Outbox:
             urgency: When it leaves, if results leave by urgency.
             nbytes: Size of the result's values.
         """
-        if self._urgent is None:
+        if self._urgent is None or urgency.priority == IN_ORDER:
             self.put(message, is_result=True)
         elif not self._closed:
             with self._lock:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from tf_syncdist.propagation.queue import IN_ORDER
 from tf_syncdist.propagation.slices import Plan, TensorSpec, plan, plan_by_priority
 
 MAX_SLICE_ELEMENTS = 16 * 2**20
@@ -90,6 +91,17 @@ class PriorityPropagation:
         return dataclasses.asdict(self)
 
 
+@dataclasses.dataclass(frozen=True)
+class AutoPropagation(PriorityPropagation):
+    """Measures the first rounds, and sends by priority only where that can help.
+
+    The first sixteen rounds of a job travel as with `FifoPropagation`. Then all workers compare how
+    long they wait for gradients after backpropagation with what the next forward pass could hide
+    and with what slices cost, and worker 0 says which it is and why. Where the update of a training
+    function cannot wait for the next run, it stays as with `FifoPropagation`.
+    """
+
+
 Propagation = FifoPropagation | PriorityPropagation
 
 
@@ -109,15 +121,27 @@ def cutter(
         their own order stands for it otherwise.
     """
     slice_elements = propagation.slice_elements
+    is_auto = isinstance(propagation, AutoPropagation)
 
     def cut(specs: Sequence[TensorSpec], priorities: Sequence[int] | None = None) -> Plan:
         if slice_elements is None:
             return plan(specs, bucket_bytes, num_shards, num_workers)
+        if is_auto and priorities is None:
+            return _in_order(plan(specs, bucket_bytes, num_shards, num_workers))
         if priorities is None:
             priorities = range(len(specs))
         return plan_by_priority(specs, priorities, slice_elements, num_shards)
 
     return cut
+
+
+def _in_order(way: Plan) -> Plan:
+    """Returns a plan whose slices leave in the order in which they are made."""
+    buckets = [
+        b._replace(slices=tuple(s._replace(priority=IN_ORDER) for s in b.slices))
+        for b in way.buckets
+    ]
+    return way._replace(buckets=tuple(buckets))
 
 
 def serialize(propagation: Propagation) -> str:

@@ -6,6 +6,10 @@ from typing import Generic, NamedTuple, TypeVar
 Item = TypeVar("Item")
 
 
+# Of slices that leave in the order in which they were made, whatever the credit.
+IN_ORDER = 2**32 - 1
+
+
 class Urgency(NamedTuple):
     """In which order slices leave: the smallest first.
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from tf_syncdist.propagation.slices import Plan, TensorSpec
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.strategies.auto_propagation import AutoPropagation
 from tf_syncdist.strategies.deferral import Deferral, Pending
 from tf_syncdist.strategies.nonfinite import Inspection
 from tf_syncdist.strategies.run_exchanges import RunExchanges
@@ -29,6 +30,7 @@ class RunController:
         clock: Returns the time in seconds; monotonic.
         nonfinite: See `SyncReplicasStrategy`.
         overlaps: Whether sending overlaps with backpropagation.
+        chooses: Whether it is measured in the first rounds how gradients are to travel.
 
     Attributes:
         offers_early: Whether parts of an exchange may be offered before all of it is there.
@@ -46,6 +48,7 @@ class RunController:
         clock: Callable[[], float] = time.monotonic,
         nonfinite: str = "pass",
         overlaps: bool = True,
+        chooses: bool = False,
     ) -> None:
         self.run = 0
         self.error: BaseException | None = None
@@ -67,7 +70,11 @@ class RunController:
         self._site: RunSite | None = None
         self._explained: weakref.WeakSet = weakref.WeakSet()
         self._substitute = False
-        self._deferral = Deferral(session, self._exchanges.buffers, self._exchanges.give_zeros)
+        self._deferral = Deferral(
+            session, self._exchanges.buffers, self._exchanges.give_zeros, clock
+        )
+        self._auto = AutoPropagation(session, self.say_once) if chooses else None
+        self._begun_at = self._sent_at = 0.0
         self._is_deferred = False
         self._over = False
         self._void = False
@@ -108,6 +115,9 @@ class RunController:
             if self._mode is not Mode.COMPUTE and self._deferral.pending is not None:
                 self.settle()
                 self._mode = self._decide(site)
+            if self._auto is not None and site.num_deferred_slices and not self._void:
+                self._auto.begin(self.run, site.num_deferred_slices)
+            self._begun_at = self._clock()
             self._exchanges.gives = self._mode is Mode.COMPUTE and not self._substitute
             self.is_running = True
             continues = self._mode is Mode.COMPUTE and self._deferral.pending is not None
@@ -128,7 +138,7 @@ class RunController:
                 numbers of the rows, and the rows.
         """
         with _recorded(self):
-            self._exchanges.send(way, way.buckets[number : number + 1], arrays)
+            self._send(way, slice(number, number + 1), arrays)
 
     def exchange_last(
         self, way: Plan, number: int, arrays: Sequence[np.ndarray]
@@ -157,8 +167,9 @@ class RunController:
         """
         with _recorded(self):
             self._send_last(way, number, arrays)
-            self._deferral.hold(way, self._exchanges.next(), settings)
+            self._deferral.hold(self._used(way), self._exchanges.next(), settings)
             self._is_deferred = True
+            self._sent_at = self._clock()
 
     # Called by the graph of a run that continues the one before, in this order.
 
@@ -193,7 +204,7 @@ class RunController:
     def stored(self, way: Plan) -> list[np.ndarray]:
         """Returns the stored result of the next exchange of a run that is replayed."""
         with _recorded(self):
-            return self._exchanges.receive(self._exchanges.next(), way, False)
+            return self._exchanges.receive(self._exchanges.next(), self._used(way), False)
 
     def finish(self, site: RunSite, outputs: Sequence[np.ndarray] | None) -> None:
         """Ends a run. `outputs` are kept for later replays of the site."""
@@ -227,8 +238,12 @@ class RunController:
                     withheld=self._exchanges.withheld,
                 )
                 self._deferral.begin(pending)
-                if self.input_may_end or self._updates_at_once:
+                in_order = self._auto is not None and self._auto.in_order
+                if self.input_may_end or self._updates_at_once or in_order:
                     self.settle()
+                if in_order:
+                    waited = self._deferral.received_at - self._sent_at
+                    self._auto.measured(done, self._sent_at - self._begun_at, waited)
             else:
                 found = self._exchanges.inspection.found
                 self._session.finish(done, self._exchanges.count, fate, found)
@@ -355,7 +370,19 @@ class RunController:
     def _send_last(self, way: Plan, number: int, arrays: Sequence[np.ndarray]) -> None:
         if not self.offers_early:
             self._exchanges.look_at(way, way.buckets[number:], arrays)
-        self._exchanges.send(way, way.buckets[number:], arrays)
+        self._send(way, slice(number, None), arrays)
+
+    def _send(self, way: Plan, numbers: slice, arrays: Sequence[np.ndarray]) -> None:
+        used = self._used(way)
+        if used is way:
+            self._exchanges.send(way, way.buckets[numbers], arrays)
+        else:
+            self._exchanges.send_as(used, way, way.buckets[numbers], arrays)
+
+    def _used(self, way: Plan) -> Plan:
+        """Returns how an exchange travels now, of which a trace knows how it may."""
+        in_order = self._auto is not None and self._auto.in_order
+        return self.plan(way.specs) if in_order else way
 
     def _decide(self, site: RunSite) -> Mode:
         over = self._session.job_over_at()

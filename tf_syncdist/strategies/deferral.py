@@ -65,6 +65,11 @@ class Deferral:
         session: The connection to the service.
         buffers: Memory for results.
         give_zeros: Contributes to an exchange to which nobody else does either.
+        clock: Returns the time in seconds; monotonic.
+
+    Attributes:
+        pending: The run whose update has not been made.
+        received_at: When the last update that was made outside of a run was there.
     """
 
     def __init__(
@@ -72,14 +77,17 @@ class Deferral:
         session: Session,
         buffers: Buffers,
         give_zeros: Callable[[int, int, Plan], None],
+        clock: Callable[[], float],
     ) -> None:
         self.pending: Pending | None = None
         self._session = session
         self._buffers = buffers
         self._give_zeros = give_zeros
+        self._clock = clock
         self._held: tuple[Plan, int, list[np.ndarray]] | None = None
         # Whoever reads a variable may be on any thread, and several may read at a time.
         self._lock = threading.RLock()
+        self.received_at = 0.0
         self._settles = False
 
     def hold(self, way: Plan, exchange: int, settings: Sequence[np.ndarray]) -> None:
@@ -152,6 +160,7 @@ class Deferral:
                 for number, bucket in reversed(list(enumerate(pending.way.buckets))):
                     for tensor, array in zip(bucket.tensors, self.receive(number), strict=True):
                         arrays[tensor] = array
+                self.received_at = self._clock()
                 if pending.lost:
                     return True
                 pending.site.apply_pending(arrays, pending.settings)

@@ -3,7 +3,12 @@
 import tensorflow as tf
 
 from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync
-from tf_syncdist.propagation import FifoPropagation, PriorityPropagation, Propagation
+from tf_syncdist.propagation import (
+    AutoPropagation,
+    FifoPropagation,
+    PriorityPropagation,
+    Propagation,
+)
 from tf_syncdist.strategies.nonfinite import POLICIES
 from tf_syncdist.transport.credentials import Credentials
 
@@ -59,7 +64,7 @@ def check(
         )
 
 
-def propagation(given: Propagation | None) -> Propagation:
+def propagation(given: Propagation | str | None) -> Propagation:
     """Returns how gradients travel.
 
     Raises:
@@ -67,9 +72,11 @@ def propagation(given: Propagation | None) -> Propagation:
     """
     if given is None:
         return FifoPropagation()
+    if given == "auto":
+        return AutoPropagation()
     if not isinstance(given, FifoPropagation | PriorityPropagation):
         raise TypeError(
-            "`propagation` must be a FifoPropagation or PriorityPropagation of "
+            '`propagation` must be "auto", or a FifoPropagation or PriorityPropagation of '
             f"tf_syncdist.propagation. Received: propagation={given!r}."
         )
     return given

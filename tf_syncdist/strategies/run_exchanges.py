@@ -1,7 +1,7 @@
 """The exchanges of one run: what a worker gives, what it keeps back, and what it is given."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -38,6 +38,7 @@ class RunExchanges:
     def begin(self, run: int, site: RunSite | None) -> None:
         """Takes note that a run begins."""
         self.count = 0
+        self._collected: dict[int, np.ndarray | Rows] = {}
         self.gives = False
         self.late = self.lost = self.withheld = False
         self._run = run
@@ -53,12 +54,31 @@ class RunExchanges:
         """Sends the tensors of some buckets of the next exchange, in their order."""
         if not self.gives or self.withheld:
             return
+        self._send(way, buckets, _by_number(way, buckets, arrays))
+
+    def send_as(
+        self, other: Plan, way: Plan, buckets: Sequence[Bucket], arrays: Sequence[np.ndarray]
+    ) -> None:
+        """Sends the same by another plan, as far as that plan's buckets are complete."""
+        if not self.gives or self.withheld:
+            return
+        before = set(self._collected)
+        self._collected |= _by_number(way, buckets, arrays)
+        complete = [
+            b
+            for b in other.buckets
+            if not before.issuperset(b.tensors) and self._collected.keys() >= set(b.tensors)
+        ]
+        self._send(other, complete, self._collected)
+
+    def _send(
+        self, way: Plan, buckets: Sequence[Bucket], tensors: Mapping[int, np.ndarray | Rows]
+    ) -> None:
         if self._session.exchanges_of(self._run) is not None:
             if not self.late:
                 self._session.send_late(self._run)
             self.late = True
         else:
-            tensors = _by_number(way, buckets, arrays)
             self._session.send(self._run, self.count, way, tensors, buckets)
 
     def look_at(self, way: Plan, buckets: Sequence[Bucket], arrays: Sequence[np.ndarray]) -> None:

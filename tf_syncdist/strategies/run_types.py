@@ -56,6 +56,11 @@ class RunSite(Protocol):
     synchronised: bool
     outputs: list[np.ndarray] | None
 
+    @property
+    def num_deferred_slices(self) -> int:
+        """How many slices there are if the update is made in the next run; 0 if it is not."""
+        ...
+
     def name_of(self, exchange: int, tensor: int) -> str:
         """Returns the name of the variable that a tensor of an exchange is for, if known."""
         ...

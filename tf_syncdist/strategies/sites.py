@@ -51,6 +51,11 @@ class Site:
         self.deferral: DeferredUpdate | None = None
         self.reset()
 
+    @property
+    def num_deferred_slices(self) -> int:
+        """How many slices there are if the update is made in the next run; 0 if it is not."""
+        return 0 if self.deferral is None else len(self.deferral.way.slices)
+
     def defers_update_of(self, variable: int) -> bool:
         """Returns whether a variable, by its identity, is updated in the next run."""
         return self.deferral.defers_update_of(variable)

@@ -12,7 +12,7 @@ from tf_syncdist.cluster import roles
 from tf_syncdist.cluster.child import become_aggregator
 from tf_syncdist.cutoff import CutoffPolicy, serialize
 from tf_syncdist.observability.reports import Report
-from tf_syncdist.propagation import PriorityPropagation, Propagation
+from tf_syncdist.propagation import AutoPropagation, PriorityPropagation, Propagation
 from tf_syncdist.propagation import serialize as serialize_propagation
 from tf_syncdist.propagation.policies import cutter
 from tf_syncdist.strategies import adapter, inputs, keras_calls, options
@@ -70,7 +70,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         propagation: In which order gradients travel, and when they are waited for: a
             `tf_syncdist.propagation.FifoPropagation` (the default) or `PriorityPropagation`, which
             sends what the next forward pass needs first and does not wait for the rest. Use that
-            where the network sets the pace.
+            where the network sets the pace, or "auto", which measures whether it does.
         transport: How gradients reach the service. "auto" (the default): through shared memory
             where the service runs on the same machine and memory can be shared with it, else
             over gRPC. "grpc" and "shared_memory" allow one of them only.
@@ -141,7 +141,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         tls_ca: str | None = None,
         token: str | None = None,
         bucket_bytes: int | None = None,
-        propagation: Propagation | None = None,
+        propagation: Propagation | str | None = None,
         transport: str = "auto",
         compression: str | None = None,
         deterministic: bool = False,
@@ -216,14 +216,21 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         super().__init__(adapter.WorkerExtended(self, devices, first_replica, self._runs))
         if self._member is not None:
             cut = cutter(propagation, bucket_bytes, len(role.service_addresses), role.num_workers)
-            self._start(cut, nonfinite, getattr(propagation, "overlap", True))
+            self._start(cut, nonfinite, propagation)
         keras_calls.install(self)
 
-    def _start(self, cut: Callable, nonfinite: str, overlaps: bool) -> None:
+    def _start(self, cut: Callable, nonfinite: str, propagation: Propagation) -> None:
         session = self._member.session
         state = CommonState(self._registry)
         self._controller = RunController(
-            session, state, cut, self._before_run, say, nonfinite=nonfinite, overlaps=overlaps
+            session,
+            state,
+            cut,
+            self._before_run,
+            say,
+            nonfinite=nonfinite,
+            overlaps=getattr(propagation, "overlap", True),
+            chooses=isinstance(propagation, AutoPropagation),
         )
         self._epochs = EpochExchange(
             session,

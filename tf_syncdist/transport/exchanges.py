@@ -7,7 +7,7 @@ import numpy as np
 
 from tf_syncdist.errors import ServiceError
 from tf_syncdist.propagation import rows
-from tf_syncdist.propagation.queue import Acknowledging, Urgency
+from tf_syncdist.propagation.queue import IN_ORDER, Acknowledging, Urgency
 from tf_syncdist.propagation.rows import Rows
 from tf_syncdist.propagation.slices import ITEM_BYTES, Bucket, Plan, Slice
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
@@ -135,7 +135,7 @@ class Exchanging(Link):
                 self._post_slice(part.shard, message, urgency, part.nbytes)
 
     def _post_slice(self, shard: int, message: Outgoing, urgency: Urgency, nbytes: int) -> None:
-        if not self.config.credit_bytes:
+        if not self.config.credit_bytes or urgency.priority == IN_ORDER:
             self._post(shard, message)
             return
         if isinstance(message, bytes):
