@@ -4,6 +4,7 @@ Adding needs no lock of the job's: values of different slices are added at the s
 """
 
 import threading
+import time
 from collections.abc import Container
 
 import numpy as np
@@ -47,7 +48,7 @@ class Slot:
         self.nbytes = message.elements * self._on_wire.itemsize
         self._frame = None
         if block is None:
-            # A header without contributors needs less than 96 bytes, a contributor at most 3.
+            # A header without contributors needs less than 104 bytes, a contributor at most 3.
             self._frame = wire.Frame(self.nbytes, 128 + 3 * num_workers)
             self._data = self._frame.payload
         else:
@@ -55,6 +56,8 @@ class Slot:
         self._lock = threading.Lock()
         self._in_order = in_order
         self._parts: dict[int, np.ndarray] = {}
+        self._opened_at = time.monotonic()
+        self._sum_seconds = 0.0
         self._first: np.ndarray | None = None
         self._is_begun = False
         if summed == self._on_wire:
@@ -94,6 +97,7 @@ class Slot:
         if self._total.dtype != self._on_wire:
             sums.narrow(self._total, self._message.dtype, self._data.view(self._on_wire))
         self._total = None
+        self._sum_seconds = time.monotonic() - self._opened_at
         if self._frame is not None:
             self._messages[False] = self._frame.seal(self._header(in_memory=False))
             self._frame = None
@@ -141,6 +145,7 @@ class Slot:
             elements=self._message.elements,
             layout=self._message.layout,
             priority=self._message.priority,
+            sum_seconds=self._sum_seconds,
         )
         if in_memory:
             result.location.segment = self.block.segment

@@ -1,6 +1,7 @@
 """One slice of a table on its way through the service, of which most rows are zero."""
 
 import threading
+import time
 from collections.abc import Container
 
 import numpy as np
@@ -31,6 +32,7 @@ class TableSlot:
         self.row_elements = message.row_elements
         self._message = message
         self._in_order = in_order
+        self._opened_at = time.monotonic()
         self._num_rows = message.elements // message.row_elements
         self._lock = threading.Lock()
         self._parts: dict[int, Rows] = {}
@@ -76,6 +78,7 @@ class TableSlot:
             elements=self._message.elements,
             layout=self._message.layout,
             priority=self._message.priority,
+            sum_seconds=time.monotonic() - self._opened_at,
         )
         self._result = wire.encode(pb.ToWorker(result=result), *pieces)
 

@@ -12,7 +12,9 @@ from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies.auto_propagation import AutoPropagation
 from tf_syncdist.strategies.deferral import Deferral, Pending
 from tf_syncdist.strategies.nonfinite import Inspection
+from tf_syncdist.strategies.recorded import recorded
 from tf_syncdist.strategies.run_exchanges import RunExchanges
+from tf_syncdist.strategies.run_timeline import RunTimeline
 from tf_syncdist.strategies.run_types import LocalReport, Mode, RunSite, StateStore
 from tf_syncdist.transport.session import Session, State
 
@@ -70,8 +72,9 @@ class RunController:
         self._site: RunSite | None = None
         self._explained: weakref.WeakSet = weakref.WeakSet()
         self._substitute = False
+        self._timeline = RunTimeline(session.config.timeline)
         self._deferral = Deferral(
-            session, self._exchanges.buffers, self._exchanges.give_zeros, clock
+            session, self._exchanges.buffers, self._exchanges.give_zeros, self._timeline, clock
         )
         self._auto = AutoPropagation(session, self.say_once) if chooses else None
         self._begun_at = self._sent_at = 0.0
@@ -101,7 +104,7 @@ class RunController:
 
     def begin(self, site: RunSite) -> Mode:
         """Begins a run and decides what it does."""
-        with _recorded(self):
+        with recorded(self):
             self._on_begin()
             self._site = site
             self._session.begin_run(self.run)
@@ -118,6 +121,7 @@ class RunController:
             if self._auto is not None and site.num_deferred_slices and not self._void:
                 self._auto.begin(self.run, site.num_deferred_slices)
             self._begun_at = self._clock()
+            self._timeline.begin(self.run)
             self._exchanges.gives = self._mode is Mode.COMPUTE and not self._substitute
             self.is_running = True
             continues = self._mode is Mode.COMPUTE and self._deferral.pending is not None
@@ -137,7 +141,7 @@ class RunController:
             arrays: The bucket's tensors, in its order. One that travels by rows is two arrays: the
                 numbers of the rows, and the rows.
         """
-        with _recorded(self):
+        with recorded(self):
             self._send(way, slice(number, number + 1), arrays)
 
     def exchange_last(
@@ -150,9 +154,12 @@ class RunController:
             number: The first bucket that has not been offered.
             arrays: The tensors of this and later buckets, in their order.
         """
-        with _recorded(self):
+        with recorded(self):
             self._send_last(way, number, arrays)
-            return self._exchanges.receive(self._exchanges.next(), way, self._exchanges.gives)
+            self._timeline.computed()
+            found = self._exchanges.receive(self._exchanges.next(), way, self._exchanges.gives)
+            self._timeline.applies(self.run)
+            return found
 
     def offer_last(
         self, way: Plan, number: int, settings: Sequence[np.ndarray], arrays: Sequence[np.ndarray]
@@ -165,27 +172,28 @@ class RunController:
             settings: What the update needs of this run besides.
             arrays: The tensors of this and later buckets, in their order.
         """
-        with _recorded(self):
+        with recorded(self):
             self._send_last(way, number, arrays)
             self._deferral.hold(self._used(way), self._exchanges.next(), settings)
             self._is_deferred = True
             self._sent_at = self._clock()
+            self._timeline.computed()
 
     # Called by the graph of a run that continues the one before, in this order.
 
     def pending_settings(self) -> list[np.ndarray]:
         """Returns what the update of the run before needs besides."""
-        with _recorded(self):
+        with recorded(self):
             return self._deferral.pending.settings
 
     def pending_part(self, number: int) -> list[np.ndarray]:
         """Waits for a bucket of the run before, and returns its tensors."""
-        with _recorded(self):
+        with recorded(self):
             return self._deferral.receive(number)
 
     def finish_pending(self) -> None:
         """Ends the run before, whose update has been made."""
-        with _recorded(self):
+        with recorded(self):
             if self._deferral.pending.lost:
                 # What this run computes begins with nonsense, so it goes to nobody.
                 self._substitute = True
@@ -198,18 +206,19 @@ class RunController:
 
     def withhold(self) -> None:
         """Keeps back what this worker would give in later exchanges of the run."""
-        with _recorded(self):
+        with recorded(self):
             self._exchanges.withhold()
 
     def stored(self, way: Plan) -> list[np.ndarray]:
         """Returns the stored result of the next exchange of a run that is replayed."""
-        with _recorded(self):
+        with recorded(self):
             return self._exchanges.receive(self._exchanges.next(), self._used(way), False)
 
     def finish(self, site: RunSite, outputs: Sequence[np.ndarray] | None) -> None:
         """Ends a run. `outputs` are kept for later replays of the site."""
-        with _recorded(self):
+        with recorded(self):
             self.is_running = False
+            self._timeline.applied()
             if self._void:
                 return
             if self._exchanges.lost:
@@ -256,7 +265,7 @@ class RunController:
     def settle(self) -> None:
         """Makes the update that waits for the next run, if there is one; does nothing in a run."""
         if not self.is_running and self.error is None:
-            with _recorded(self):
+            with recorded(self):
                 if self._deferral.settle():
                     self._refresh()
 
@@ -480,18 +489,3 @@ class RunController:
         self._resume_at = state.run
         missed = state.rounds - sum(self._session.counts.values())
         self._session.resume(state.run, max(0, missed))
-
-
-class _recorded:
-    """Remembers an error that TensorFlow would otherwise bury in one of its own."""
-
-    def __init__(self, controller: RunController) -> None:
-        self._controller = controller
-
-    def __enter__(self) -> None:
-        if self._controller.error is not None:
-            raise self._controller.error
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if error is not None and self._controller.error is None:
-            self._controller.error = error

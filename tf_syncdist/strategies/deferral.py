@@ -11,6 +11,7 @@ import numpy as np
 from tf_syncdist.propagation.slices import Plan
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies.buffers import Buffers
+from tf_syncdist.strategies.run_timeline import RunTimeline
 from tf_syncdist.transport.session import Session
 
 
@@ -65,6 +66,7 @@ class Deferral:
         session: The connection to the service.
         buffers: Memory for results.
         give_zeros: Contributes to an exchange to which nobody else does either.
+        timeline: Where it is recorded what is applied.
         clock: Returns the time in seconds; monotonic.
 
     Attributes:
@@ -77,6 +79,7 @@ class Deferral:
         session: Session,
         buffers: Buffers,
         give_zeros: Callable[[int, int, Plan], None],
+        timeline: RunTimeline,
         clock: Callable[[], float],
     ) -> None:
         self.pending: Pending | None = None
@@ -84,6 +87,7 @@ class Deferral:
         self._buffers = buffers
         self._give_zeros = give_zeros
         self._clock = clock
+        self._timeline = timeline
         self._held: tuple[Plan, int, list[np.ndarray]] | None = None
         # Whoever reads a variable may be on any thread, and several may read at a time.
         self._lock = threading.RLock()
@@ -103,6 +107,7 @@ class Deferral:
 
     def receive(self, number: int) -> list[np.ndarray]:
         """Waits for a bucket of the pending exchange and returns its tensors."""
+        self._timeline.applied()
         pending = self.pending
         if not pending.results:
             pending.results = self._buffers.take(pending.way.specs)
@@ -131,10 +136,12 @@ class Deferral:
                 np.zeros(pending.way.specs[t].shape, pending.way.specs[t].dtype)
                 for t in bucket.tensors
             ]
+        self._timeline.applies(pending.run, bucket)
         return [pending.results[t] for t in bucket.tensors]
 
     def finish(self) -> None:
         """Tells the service that the pending run is done."""
+        self._timeline.applied()
         pending, self.pending = self.pending, None
         self._session.finish(pending.run, pending.exchanges, pending.fate, pending.nonfinite)
 

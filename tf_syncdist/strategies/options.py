@@ -2,7 +2,9 @@
 
 import tensorflow as tf
 
+from tf_syncdist.cluster.roles import ClusterRole
 from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync
+from tf_syncdist.observability.timeline import Timeline, task_path
 from tf_syncdist.propagation import (
     AutoPropagation,
     FifoPropagation,
@@ -102,6 +104,18 @@ def check_limit(limit_gbps: float | None) -> None:
         raise ValueError(
             f"`limit_gbps` must be above 0 and at most 1000. Received: limit_gbps={limit_gbps}."
         )
+
+
+def timeline(path: str | None, role: ClusterRole) -> Timeline | None:
+    """Returns what a worker records its timeline with, if it is to.
+
+    Raises:
+        FileNotFoundError: If the file's directory does not exist.
+    """
+    if path is None:
+        return None
+    index = role.task_index
+    return Timeline(task_path(path, "worker", index, role.num_workers), f"worker {index}")
 
 
 def check_order(deterministic: bool, cutoff: CutoffPolicy, num_workers: int) -> None:

@@ -11,14 +11,14 @@ import tensorflow as tf
 from tf_syncdist.cluster import roles
 from tf_syncdist.cluster.child import become_aggregator
 from tf_syncdist.cutoff import CutoffPolicy, serialize
-from tf_syncdist.observability.reports import Report
 from tf_syncdist.propagation import AutoPropagation, PriorityPropagation, Propagation
 from tf_syncdist.propagation import serialize as serialize_propagation
 from tf_syncdist.propagation.policies import cutter
 from tf_syncdist.strategies import adapter, inputs, keras_calls, options
-from tf_syncdist.strategies.controller import LocalReport, RunController
+from tf_syncdist.strategies.controller import RunController
 from tf_syncdist.strategies.epochs import EpochExchange
 from tf_syncdist.strategies.graph_runs import run_in_graph
+from tf_syncdist.strategies.job_side import JobSide
 from tf_syncdist.strategies.keras_side import KerasSide
 from tf_syncdist.strategies.lifetime import Membership, say
 from tf_syncdist.strategies.seeds import Seeds
@@ -31,7 +31,7 @@ from tf_syncdist.transport.credentials import NO_CREDENTIALS
 from tf_syncdist.transport.session import SessionConfig
 
 
-class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
+class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
     """Trains on several workers and does not wait for the slowest ones.
 
     N + b workers compute gradients for the same variables; the first N contributions of a round
@@ -103,6 +103,9 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         limit_gbps: Lets so many gigabits per second pass between this worker and the service, in
             each direction, to try on one machine what a thin network does; use transport="grpc"
             with it, since memory has no limit. Default: `None`, no limit.
+        timeline: File in which each worker records when it computed, and when each slice was sent,
+            summed, received and applied, for Perfetto or chrome://tracing; "trace.json" becomes
+            "trace.worker-1.json" on worker 1. Default: `None`, nothing is recorded.
         connect_timeout_seconds: How long to wait for the service to answer, at the start and when
             it went away. Default: 30.
         timeout_seconds: How long to wait for other workers, at the start and in each round.
@@ -151,6 +154,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         min_workers: int = 1,
         detection_seconds: float = 3.0,
         limit_gbps: float | None = None,
+        timeline: str | None = None,
         connect_timeout_seconds: float = 30.0,
         timeout_seconds: float = 600.0,
         print_report: bool = True,
@@ -195,6 +199,7 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
                 credit_bytes=getattr(propagation, "credit_bytes", 0),
                 runs_ahead=int(isinstance(propagation, PriorityPropagation)),
                 limit_gbps=limit_gbps or 0.0,
+                timeline=options.timeline(timeline, role),
             )
             self._member = Membership(role, config, print_report)
         self._registry = VariableRegistry()
@@ -264,80 +269,6 @@ class SyncReplicasStrategy(KerasSide, tf.distribute.Strategy):
         written = used if site.written is None else self._registry.containers(site.written)
         self._epochs.add(used, written, optimizer_variables(site))
         self._seeds.fold(site.variables or ())
-
-    # Who and how many.
-
-    @property
-    def num_replicas_in_sync(self) -> int:
-        """N x devices: over how many replicas the loss of an update is averaged."""
-        return self._aggregate * len(self.extended.worker_devices)
-
-    @property
-    def num_replicas_in_job(self) -> int:
-        """How many replicas the job has, those of backup workers included."""
-        return self.num_workers * len(self.extended.worker_devices)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether this worker takes part in a job of several workers."""
-        return self._member is not None and not self._member.is_closed
-
-    @property
-    def num_workers(self) -> int:
-        """N + b: how many workers the job has."""
-        return self._role.num_workers
-
-    @property
-    def worker_index(self) -> int:
-        """Index of this worker."""
-        return self._role.task_index
-
-    @property
-    def is_chief(self) -> bool:
-        """Whether this is worker 0, the one that should write files."""
-        return self._role.task_index == 0
-
-    @property
-    def cluster_resolver(self) -> tf.distribute.cluster_resolver.ClusterResolver | None:
-        """The cluster resolver that was given."""
-        return self._cluster_resolver_given
-
-    @property
-    def resume_run(self) -> int:
-        """The run with which this worker is to begin; not 0 if it comes back to a job.
-
-        A custom loop counts its steps from here. Read it before the first step: it waits until all
-        workers have come, and this worker's runs count from it.
-        """
-        if self._member is None:
-            return 0
-        started = self._member.session.wait_started()
-        if not started.in_progress:
-            return 0
-        self._controller.start_at(started.run)
-        return started.run
-
-    def report(self) -> Report:
-        """Returns the counts of the job so far; printed, it is a few plain lines.
-
-        Returns:
-            A `tf_syncdist.observability.reports.Report`.
-        """
-        if self._member is None:
-            return Report(self._runs.counted_alone()[0], ())
-        return self._member.report()
-
-    def local_report(self) -> LocalReport:
-        """Returns this worker's own counts, without asking anybody."""
-        if self._member is None:
-            rounds, seconds = self._runs.counted_alone()
-            return LocalReport(0, 1, rounds, rounds, 0, 0, 0, seconds)
-        return self._controller.report()
-
-    def close(self) -> None:
-        """Leaves the job; done by itself when the program ends. May be called twice."""
-        if self._member is not None:
-            self._member.close()
 
     # Runs.
 

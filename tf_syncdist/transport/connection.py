@@ -3,11 +3,14 @@
 import collections
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import grpc
 
 from tf_syncdist.errors import AggregatorUnreachableError, ServiceError
+from tf_syncdist.observability.timeline import Timeline
 from tf_syncdist.propagation.queue import CreditQueue, Urgency
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
@@ -16,6 +19,26 @@ from tf_syncdist.transport.limiter import Limiter
 
 # What is sent: a message, or what makes it when it is its turn; `None` sends nothing.
 Outgoing = bytes | Callable[[], bytes | None]
+
+
+class SliceMessage(NamedTuple):
+    """A slice that is to be sent.
+
+    Args:
+        make: Makes the message when it is its turn; `None` if nobody wants it any more.
+        urgency: When it leaves; the smallest first.
+        nbytes: Size of its values.
+        name: For the timeline.
+    """
+
+    make: Callable[[], bytes | None]
+    urgency: Urgency
+    nbytes: int
+    name: str
+
+    def __call__(self) -> bytes | None:
+        return self.make()
+
 
 _LOOK = object()
 
@@ -36,6 +59,10 @@ class Connection:
         credentials: What is shown to the service, and demanded of it.
         credit_bytes: How many bytes of slices may be on their way, if they are sent by urgency.
         limiters: Of what is sent and of what is received, if there are any.
+        timeline: Where slices are recorded that are sent.
+
+    Attributes:
+        reading_since: Since when the message was awaited that has just come.
 
     Raises:
         AggregatorUnreachableError: If nothing answers in time.
@@ -51,6 +78,7 @@ class Connection:
         credentials: Credentials = NO_CREDENTIALS,
         credit_bytes: int = 0,
         limiters: tuple[Limiter, Limiter] | None = None,
+        timeline: Timeline | None = None,
     ) -> None:
         self.address = address
         self._on_message = on_message
@@ -61,7 +89,9 @@ class Connection:
         self._background: collections.deque[Outgoing] = collections.deque()
         self._sends, self._receives = limiters or (Limiter(0.0), Limiter(0.0))
         self._lock = threading.Lock()
-        self._slices: CreditQueue[Outgoing] = CreditQueue(credit_bytes)
+        self._slices: CreditQueue[SliceMessage] = CreditQueue(credit_bytes)
+        self._timeline = timeline
+        self.reading_since = 0.0
         self._reader: threading.Thread | None = None
         self._channel = credentials.channel(address)
         try:
@@ -102,16 +132,13 @@ class Connection:
             message = _LOOK
         self._outgoing.put(message)
 
-    def send_slice(self, message: Outgoing, urgency: Urgency, nbytes: int) -> None:
+    def send_slice(self, message: SliceMessage) -> None:
         """Queues a slice, which leaves by its urgency and as the credit allows; never blocks.
 
-        Args:
-            message: What is sent. What makes it returns `None` if nobody wants it any more.
-            urgency: The smallest leaves first; everything that is not a slice leaves before.
-            nbytes: Size of the slice.
+        Everything that is no slice leaves before.
         """
         with self._lock:
-            self._slices.put(urgency, nbytes, message)
+            self._slices.put(message.urgency, message.nbytes, message)
         self._outgoing.put(_LOOK)
 
     def acknowledge(self, nbytes: int) -> None:
@@ -150,12 +177,14 @@ class Connection:
     def _messages(self) -> Iterator[bytes]:
         while (message := self._next()) is not None:
             data = message if isinstance(message, bytes) else message()
-            # What is sent may be large, and the next message may be long in coming.
-            del message
+            began = time.monotonic()
             if data is not None:
                 self._sends.take(len(data))
                 yield data
-            del data
+                if self._timeline is not None and isinstance(message, SliceMessage):
+                    _record(self._timeline, message, began)
+            # What is sent may be large, and the next message may be long in coming.
+            del message, data
 
     def _next(self) -> Outgoing | None:
         """Waits for the next message; returns `None` when all has been sent."""
@@ -179,25 +208,27 @@ class Connection:
             if self._background:
                 return self._background.popleft()
 
-    def _next_slice(self) -> bytes | None:
+    def _next_slice(self) -> SliceMessage | None:
         """Returns the most urgent slice that somebody wants, if the credit allows one."""
         while True:
             with self._lock:
                 if not self._slices.is_ready:
                     return None
                 message, nbytes = self._slices.take()
-            data = message if isinstance(message, bytes) else message()
+            data = message()
             if data is not None:
-                return data
+                return message._replace(make=_Made(data))
             with self._lock:
                 self._slices.acknowledge(nbytes)
 
     def _read(self) -> None:
         code: grpc.StatusCode | None = grpc.StatusCode.OK
         try:
+            self.reading_since = time.monotonic()
             for data in self._call:
                 self._receives.take(len(data))
                 self._on_message(*wire.decode(pb.ToWorker, data))
+                self.reading_since = time.monotonic()
             error = ServiceError(
                 f"Expected the aggregation service at {self.address} to stay until the end of the "
                 "job. Received: the end of its stream."
@@ -210,6 +241,19 @@ class Connection:
             error = ServiceError(f"{type(e).__name__} while reading from {self.address}: {e}")
         if not self._closed:
             self._on_error(self, error, code)
+
+
+class _Made(NamedTuple):
+    data: bytes
+
+    def __call__(self) -> bytes:
+        return self.data
+
+
+def _record(timeline: Timeline, message: SliceMessage, began: float) -> None:
+    run, exchange, priority = message.urgency
+    args = {"run": run, "exchange": exchange, "priority": priority, "bytes": message.nbytes}
+    timeline.record(message.name, "push", began, time.monotonic(), args=args)
 
 
 def service_error(address: str, error: grpc.RpcError) -> ServiceError:

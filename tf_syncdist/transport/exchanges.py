@@ -1,6 +1,7 @@
 """A worker's values on their way to the service, and the results on their way back."""
 
 import functools
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -13,7 +14,7 @@ from tf_syncdist.propagation.slices import ITEM_BYTES, Bucket, Plan, Slice
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.allocator import keep_freed_memory
-from tf_syncdist.transport.connection import Outgoing
+from tf_syncdist.transport.connection import Outgoing, SliceMessage
 from tf_syncdist.transport.link import Link, SessionConfig
 
 # How the last runs ended can be told again for so many of them; results come at most four ahead.
@@ -40,7 +41,7 @@ class Exchanging(Link):
         self._held: list[dict[int, dict[tuple[int, int], tuple[pb.Result, memoryview]]]] = [
             {} for _ in config.addresses
         ]
-        self._offered: list[list[tuple[Outgoing, Urgency, int]]] = [[] for _ in config.addresses]
+        self._offered: list[list[SliceMessage]] = [[] for _ in config.addresses]
         self._acknowledging = [Acknowledging(config.credit_bytes) for _ in config.addresses]
         self._is_late = False
         self._done: dict[int, tuple[int, int, bool]] = {}
@@ -131,18 +132,20 @@ class Exchanging(Link):
                 message = wire.encode(pb.ToAggregator(contribution=located))
             with self._changed:
                 urgency = Urgency(run, exchange, part.priority)
-                self._offered[part.shard].append((anew, urgency, part.nbytes))
-                self._post_slice(part.shard, message, urgency, part.nbytes)
+                name = f"slice {part.index} of shard {part.shard}"
+                offered = SliceMessage(anew, urgency, part.nbytes, name)
+                self._offered[part.shard].append(offered)
+                if isinstance(message, bytes):
+                    # It waits, perhaps until the run is over without it.
+                    make = functools.partial(self._unless_over, run, message)
+                    offered = offered._replace(make=make)
+                self._post_slice(part.shard, offered)
 
-    def _post_slice(self, shard: int, message: Outgoing, urgency: Urgency, nbytes: int) -> None:
-        if not self.config.credit_bytes or urgency.priority == IN_ORDER:
+    def _post_slice(self, shard: int, message: SliceMessage) -> None:
+        if not self.config.credit_bytes or message.urgency.priority == IN_ORDER:
             self._post(shard, message)
-            return
-        if isinstance(message, bytes):
-            # It waits, perhaps until the run is over without it.
-            message = functools.partial(self._unless_over, urgency.run, message)
-        if self._ready[shard]:
-            self._connections[shard].send_slice(message, urgency, nbytes)
+        elif self._ready[shard]:
+            self._connections[shard].send_slice(message)
 
     def _unless_over(self, run: int, message: bytes) -> bytes | None:
         with self._changed:
@@ -364,7 +367,7 @@ class Exchanging(Link):
         for run in range(first, self._finished):
             self._send(shard, _run_finished(run, *self._done[run]))
         for offered in self._offered[shard]:
-            self._post_slice(shard, *offered)
+            self._post_slice(shard, offered)
         if self._is_late:
             late = pb.LateContribution(run=self._finished)
             self._send(shard, pb.ToAggregator(late=late))
@@ -387,6 +390,8 @@ class Exchanging(Link):
         return run < self._finished or self._exchanges_of(run) is not None
 
     def _on_result(self, shard: int, message: pb.Result, payload: memoryview) -> None:
+        if self.config.timeline is not None:
+            self._record(shard, message)
         if self.config.credit_bytes:
             nbytes = message.elements * ITEM_BYTES[pb.DataType.Name(message.dtype).lower()]
             arrived = self._acknowledging[shard].arrived(nbytes)
@@ -406,6 +411,21 @@ class Exchanging(Link):
                 tuple(message.contributors),
                 message.row_elements,
             )
+
+    def _record(self, shard: int, message: pb.Result) -> None:
+        """Adds a result to the timeline, as far as a worker can tell."""
+        timeline, now = self.config.timeline, time.monotonic()
+        name = f"slice {message.slice} of shard {shard}"
+        args = {
+            "run": message.run,
+            "exchange": message.exchange,
+            "priority": message.priority,
+            "bytes": message.bytes,
+            "contributors": list(message.contributors),
+        }
+        began = self._connections[shard].reading_since
+        timeline.record(name, "sum", began - message.sum_seconds, began, args=args)
+        timeline.record(name, "pull", began, now, args=args)
 
     def _on_run_over(self, shard: int, message: pb.RunOver, *_: object) -> None:
         if message.run >= self._finished:

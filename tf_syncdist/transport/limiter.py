@@ -15,6 +15,9 @@ class Limiter:
         gbps: Gigabits per second; 0 for no limit.
         clock: Returns the time in seconds; monotonic.
         sleep: Waits for some seconds.
+
+    Attributes:
+        gbps: See above.
     """
 
     def __init__(
@@ -23,11 +26,16 @@ class Limiter:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._seconds_per_byte = 8e-9 / gbps if gbps else 0.0
+        self.limit(gbps)
         self._clock = clock
         self._sleep = sleep
         self._lock = threading.Lock()
         self._free_at = 0.0
+
+    def limit(self, gbps: float) -> None:
+        """Changes the rate; 0 for no limit."""
+        self.gbps = gbps
+        self._seconds_per_byte = 8e-9 / gbps if gbps else 0.0
 
     def take(self, nbytes: int) -> None:
         """Waits as long as the link takes for so many bytes, after those before them."""

@@ -16,6 +16,7 @@ from tf_syncdist.errors import (
     SyncDistError,
     WaitTimeoutError,
 )
+from tf_syncdist.observability.timeline import Timeline
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.connection import Connection, Outgoing
@@ -60,6 +61,7 @@ class SessionConfig(NamedTuple):
         credit_bytes: See `PriorityPropagation`; 0 if slices leave in the order in which they come.
         runs_ahead: By how many runs this worker may be ahead of the last one it has finished.
         limit_gbps: How much may pass in each direction; 0 for no limit.
+        timeline: Where it is recorded what slices do.
     """
 
     addresses: tuple[str, ...]
@@ -80,6 +82,7 @@ class SessionConfig(NamedTuple):
     credit_bytes: int = 0
     runs_ahead: int = 0
     limit_gbps: float = 0.0
+    timeline: Timeline | None = None
 
 
 class Link:
@@ -130,6 +133,16 @@ class Link:
         with self._changed:
             return self._error is not None
 
+    @property
+    def limit_gbps(self) -> float:
+        """How many gigabits per second may pass in each direction; 0 for no limit."""
+        return self._limiters[0].gbps
+
+    def limit(self, gbps: float) -> None:
+        """Lets so much pass in each direction from now on; 0 for no limit."""
+        for limiter in self._limiters:
+            limiter.limit(gbps)
+
     def cancel(self, error: Exception) -> None:
         """Makes every wait, now and later, raise `error`."""
         with self._changed:
@@ -147,6 +160,11 @@ class Link:
         for memory in (*self._lending, *self._opened, *self._former):
             if memory is not None:
                 memory.close()
+        if self.config.timeline is not None:
+            try:
+                self.config.timeline.close()
+            except OSError as e:
+                self._on_notice(f"the timeline could not be written: {e}")
 
     # Connecting.
 
@@ -164,6 +182,7 @@ class Link:
                         config.credentials,
                         config.credit_bytes,
                         self._limiters,
+                        config.timeline,
                     )
                 )
                 self._down_since[shard] = time.monotonic()
@@ -284,6 +303,7 @@ class Link:
                     self.config.credentials,
                     self.config.credit_bytes,
                     self._limiters,
+                    self.config.timeline,
                 )
             except AggregatorUnreachableError:
                 continue
