@@ -11,6 +11,7 @@ from tf_syncdist.aggregation.admission import invalid
 from tf_syncdist.aggregation.delivery import WINDOW_RUNS, Delivery
 from tf_syncdist.aggregation.end_relay import EndRelay
 from tf_syncdist.aggregation.gather_relay import GatherRelay
+from tf_syncdist.aggregation.inbox import Inbox
 from tf_syncdist.aggregation.limits import Quotas, default_worker_bytes
 from tf_syncdist.aggregation.membership import Members
 from tf_syncdist.aggregation.memory import ResultMemory, WorkerMemory
@@ -95,6 +96,7 @@ class Attendance:
         self._quotas = Quotas(self._worker_bytes, rounds)
         self._delivery = Delivery(self._streams, rounds, memory, hello.deterministic)
         self._acknowledging: dict[int, Acknowledging] = {}
+        self._inbox = Inbox()
         self._gathers = GatherRelay(
             hello.num_workers,
             policy,

@@ -9,7 +9,7 @@ from tf_syncdist.aggregation.membership import NotAdmitted
 from tf_syncdist.aggregation.memory import WorkerMemory
 from tf_syncdist.aggregation.outbox import Outbox, Refused
 from tf_syncdist.aggregation.records import Fate, RoundError, SliceKey, SliceSpec, Verdict
-from tf_syncdist.propagation.queue import Acknowledging
+from tf_syncdist.propagation.queue import Acknowledging, Urgency
 from tf_syncdist.propagation.slices import ITEM_BYTES
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
@@ -98,8 +98,10 @@ class Job(Attendance):
             body = header.WhichOneof("body")
             self._quotas.check(worker, body, header, payload.nbytes)
             if body == "contribution":
-                self._contribute(worker, header.contribution, payload, outbox)
+                self._receive(worker, header.contribution, payload, outbox)
             else:
+                # What follows a contribution may be about it.
+                self._inbox.wait_for(outbox)
                 with self._lock:
                     if not self._is_stream(worker, outbox):
                         # It was lost while this was on its way.
@@ -193,6 +195,28 @@ class Job(Attendance):
     def _on_stored_gather(self, worker: int, message: pb.GatherResult, payload: memoryview) -> None:
         if self._restoring is not None:
             self._restoring.stored_gather(message, payload)
+
+    def _receive(
+        self, worker: int, message: pb.Contribution, payload: memoryview, outbox: Outbox | None
+    ) -> None:
+        """Adds a contribution, or another worker's that is more urgent."""
+        # Where sums are made in order, adding one may have to wait for another.
+        if not self._hello.credit_bytes or self._hello.deterministic:
+            self._contribute(worker, message, payload, outbox)
+            return
+
+        def contribute() -> None:
+            try:
+                self._contribute(worker, message, payload, outbox)
+            except (RoundError, Refused) as e:
+                # The thread that finds this may be another worker's.
+                refusal = e if isinstance(e, Refused) else invalid(str(e))
+                with self._lock:
+                    if self._is_stream(worker, outbox):
+                        self._streams[worker].close(refusal)
+
+        urgency = Urgency(message.run, message.exchange, message.priority)
+        self._inbox.put_and_do(outbox, urgency, contribute)
 
     def _contribute(
         self,
