@@ -12,8 +12,12 @@ MAX_SLICE_ELEMENTS = 16 * 2**20
 MAX_CREDIT_BYTES = 2**30
 
 
+def _is_size(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
 def _check_elements(name: str, value: int) -> None:
-    if not isinstance(value, int) or not 1 <= value <= MAX_SLICE_ELEMENTS:
+    if not _is_size(value, MAX_SLICE_ELEMENTS):
         raise ValueError(
             f"`slice_elements` must be an int from 1 to {MAX_SLICE_ELEMENTS}. Received: "
             f"slice_elements={value!r}. {name}'s default suits most networks."
@@ -79,7 +83,7 @@ class PriorityPropagation:
 
     def __post_init__(self) -> None:
         _check_elements("PriorityPropagation", self.slice_elements)
-        if not isinstance(self.credit_bytes, int) or not 1 <= self.credit_bytes <= MAX_CREDIT_BYTES:
+        if not _is_size(self.credit_bytes, MAX_CREDIT_BYTES):
             raise ValueError(
                 f"`credit_bytes` must be an int from 1 to {MAX_CREDIT_BYTES}. Received: "
                 f"credit_bytes={self.credit_bytes!r}. With less than a slice, every slice waits "

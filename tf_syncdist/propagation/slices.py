@@ -188,7 +188,8 @@ def plan_by_priority(
     """
     order = sorted(range(len(specs)), key=lambda t: (priorities[t], t))
     shared: list[tuple[str, int, list[int]]] = []
-    room = 0
+    # Below 0 not even a tensor without elements fits in.
+    room = -1
     for tensor in order:
         spec = specs[tensor]
         fits = spec.elements <= room and not spec.by_rows and spec.dtype == shared[-1][0]
@@ -197,7 +198,7 @@ def plan_by_priority(
             room -= spec.elements
         else:
             shared.append((spec.dtype, priorities[tensor], [tensor]))
-            room = 0 if spec.by_rows else slice_elements - spec.elements
+            room = -1 if spec.by_rows else slice_elements - spec.elements
     spread = _Spread(num_shards)
     buckets = []
     for dtype, priority, tensors in shared:
