@@ -6,6 +6,7 @@ Every use below says why no public way exists. Tried with TensorFlow 2.18 to 2.2
 
 import contextlib
 import importlib
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -386,6 +387,11 @@ def _zero_unless_finite(optimizer: keras.optimizers.LossScaleOptimizer, gradient
         )
 
     return [g if g is None else cleaned(g) for g in gradients]
+
+
+def operation_threads() -> int:
+    """Returns how many operations TensorFlow executes at a time."""
+    return tf.config.threading.get_inter_op_parallelism_threads() or len(os.sched_getaffinity(0))
 
 
 def local_devices() -> list[str]:

@@ -123,8 +123,10 @@ class RunController:
             self._begun_at = self._clock()
             self._timeline.begin(self.run)
             self._exchanges.gives = self._mode is Mode.COMPUTE and not self._substitute
-            self.is_running = True
-            continues = self._mode is Mode.COMPUTE and self._deferral.pending is not None
+            # Another thread may be looking at a variable just now.
+            with self._deferral.lock:
+                self.is_running = True
+                continues = self._mode is Mode.COMPUTE and self._deferral.pending is not None
             return Mode.CONTINUE if continues else self._mode
 
     def exchange(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -264,10 +266,11 @@ class RunController:
 
     def settle(self) -> None:
         """Makes the update that waits for the next run, if there is one; does nothing in a run."""
-        if not self.is_running and self.error is None:
-            with recorded(self):
-                if self._deferral.settle():
-                    self._refresh()
+        if self._deferral.pending is None or self.error is not None:
+            return
+        with recorded(self), self._deferral.lock:
+            if not self.is_running and self._deferral.settle():
+                self._refresh()
 
     def update_at_once(self, why: str) -> None:
         """Lets no update wait for the next run any more."""

@@ -71,6 +71,7 @@ class Deferral:
 
     Attributes:
         pending: The run whose update has not been made.
+        lock: Held while an update is made outside of a run, and while a run begins.
         received_at: When the last update that was made outside of a run was there.
     """
 
@@ -90,7 +91,7 @@ class Deferral:
         self._timeline = timeline
         self._held: tuple[Plan, int, list[np.ndarray]] | None = None
         # Whoever reads a variable may be on any thread, and several may read at a time.
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self.received_at = 0.0
         self._settles = False
 
@@ -150,28 +151,25 @@ class Deferral:
         self.pending = None
 
     def settle(self) -> bool:
-        """Makes the pending update, outside of a run, if there is one.
+        """Makes the pending update, outside of a run, if there is one; the lock is to be held.
 
         Returns:
             Whether its result can no longer be had, so that a state has to be taken over.
         """
-        if self.pending is None:
+        pending = self.pending
+        if pending is None or self._settles:
             return False
-        with self._lock:
-            pending = self.pending
-            if pending is None or self._settles:
-                return False
-            self._settles = True
-            try:
-                arrays = [None] * len(pending.way.specs)
-                for number, bucket in reversed(list(enumerate(pending.way.buckets))):
-                    for tensor, array in zip(bucket.tensors, self.receive(number), strict=True):
-                        arrays[tensor] = array
-                self.received_at = self._clock()
-                if pending.lost:
-                    return True
-                pending.site.apply_pending(arrays, pending.settings)
-                self.finish()
-                return False
-            finally:
-                self._settles = False
+        self._settles = True
+        try:
+            arrays = [None] * len(pending.way.specs)
+            for number, bucket in reversed(list(enumerate(pending.way.buckets))):
+                for tensor, array in zip(bucket.tensors, self.receive(number), strict=True):
+                    arrays[tensor] = array
+            self.received_at = self._clock()
+            if pending.lost:
+                return True
+            pending.site.apply_pending(arrays, pending.settings)
+            self.finish()
+            return False
+        finally:
+            self._settles = False

@@ -19,7 +19,7 @@ from tf_syncdist.propagation.slices import TensorSpec
 from tf_syncdist.strategies import adapter, traces, watched
 from tf_syncdist.strategies.controller import Mode, RunController
 from tf_syncdist.strategies.deferred_updates import DeferredUpdate, parts
-from tf_syncdist.strategies.replays import Updates, apply_updates
+from tf_syncdist.strategies.replays import Updates, apply_updates, foreign_change
 from tf_syncdist.strategies.variables import VariableRegistry, is_local
 
 
@@ -226,7 +226,7 @@ class Runs(adapter.Hooks):
         elif not regular:
             site.unlike_replay = "some of its exchanges are not those of a Keras optimizer"
         elif site.updates and not earlier:
-            site.unlike_replay = _foreign_change(site, before)
+            site.unlike_replay = foreign_change(site.updates, before)
         elif not site.updates:
             site.unlike_replay = "its optimizer has not updated anything so far"
 
@@ -374,6 +374,13 @@ class Runs(adapter.Hooks):
         if len(self.strategy.extended.worker_devices) > 1:
             self.say_not_deferred("workers have several devices")
             return None
+        if adapter.operation_threads() < 2:
+            # Where an update is made between two runs, one of them is waiting for it.
+            self.say_not_deferred(
+                "TensorFlow has a single thread for operations; see "
+                "tf.config.threading.set_inter_op_parallelism_threads"
+            )
+            return None
         return DeferredUpdate(self.strategy, self.controller)
 
     def say_not_deferred(self, why: str) -> None:
@@ -482,16 +489,6 @@ class Runs(adapter.Hooks):
         ]
         way = self.controller.plan(specs)
         return lambda: self.controller.stored(way)
-
-
-def _foreign_change(site: Site, before: dict[int, tuple[tf.Variable, np.ndarray]]) -> str:
-    owned = {id(v) for _, variables in site.updates for v in variables}
-    owned |= {id(v.value) for optimizer, _ in site.updates for v in optimizer.variables}
-    for variable, value in before.values():
-        # Bits, because a variable that is not a number is not equal to itself.
-        if id(variable) not in owned and value.tobytes() != variable.numpy().tobytes():
-            return f"it writes the variable {variable.name.split(':')[0]!r} besides"
-    return ""
 
 
 class _TrainingFound(BaseException):
