@@ -229,6 +229,8 @@ class Runs(adapter.Hooks):
     def _try_eagerly(self, given: Callable, fn: Callable[[], Any]) -> Any:
         probe = Site(is_probe=True)
         self._outside = False
+        # If it is no run it may read what waits for the next one.
+        self.controller.settle()
         copies = [c for v in self.registry.alive() for c in adapter.components(v)]
         before = [(c, c.read_value()) for c in copies]
         try:
