@@ -157,6 +157,7 @@ class Outbox:
         Raises:
             Refused: If the stream was closed with a status.
         """
+        looks = False
         while True:
             try:
                 message = self._messages.get(timeout=poll_seconds)
@@ -167,13 +168,15 @@ class Outbox:
             if message is None:
                 return
             if message is _LOOK:
-                # What was said meanwhile comes first: little of it is said, and soon.
-                if self._messages.empty():
-                    yield from self._most_urgent()
-                continue
-            yield message
-            # gRPC has taken the message over when it asks for the next one.
-            self._taken_bytes += self._sizes.get_nowait()
+                looks = True
+            else:
+                yield message
+                # gRPC has taken the message over when it asks for the next one.
+                self._taken_bytes += self._sizes.get_nowait()
+            # What was said meanwhile comes first: little of it is said, and soon.
+            if looks and self._messages.empty():
+                looks = False
+                yield from self._most_urgent()
 
     def _most_urgent(self) -> Iterator[bytes]:
         """Yields results until anything else is to be looked at, or no more may leave."""

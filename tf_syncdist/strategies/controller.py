@@ -114,6 +114,7 @@ class RunController:
             if self._deferral.pending is not None and self._deferral.pending.site is not site:
                 self.settle()
             self._void = self._is_past_input()
+            self._leave_ended_input()
             self._mode = self._decide(site)
             if self._mode is not Mode.COMPUTE and self._deferral.pending is not None:
                 self.settle()
@@ -443,6 +444,16 @@ class RunController:
             if past or run >= self.run:
                 return past
         return False
+
+    def _leave_ended_input(self) -> None:
+        """Takes note that this run is not one of the last input, if that has ended before it.
+
+        Otherwise nobody would wait for the workers that had no more input for it.
+        """
+        if self._input_pass is not None and not self._void:
+            end = self._session.end_of(self._input_pass)
+            if end is not None and end <= self.run:
+                self.begin_input()
 
     def _synchronise(self, site: RunSite) -> None:
         """Takes over worker 0's values of variables that this site trains for the first time."""

@@ -233,6 +233,8 @@ class Runs(adapter.Hooks):
     def _try_eagerly(self, given: Callable, fn: Callable[[], Any]) -> Any:
         probe = Site(is_probe=True)
         self._outside = False
+        # If it is no run it may read what waits for the next one.
+        self.controller.settle()
         copies = [c for v in self.registry.alive() for c in adapter.components(v)]
         before = [(c, c.read_value()) for c in copies]
         try:
@@ -361,11 +363,13 @@ class Runs(adapter.Hooks):
             if self.controller.is_pending(id(variable)):
                 self.controller.settle()
         elif variable.trainable and not adapter.in_symbolic_scope() and not self.stays_local():
-            # When such a function is called nobody is told.
-            self.controller.update_at_once(
-                f"a tf.function uses the variable {variable.name.split(':')[0]!r} outside of "
-                "strategy.run"
-            )
+            # When such a function is called nobody is told. And what is made now is not to become
+            # a part of it.
+            with tf.init_scope():
+                self.controller.update_at_once(
+                    f"a tf.function uses the variable {variable.name.split(':')[0]!r} outside of "
+                    "strategy.run"
+                )
 
     def deferral(self) -> DeferredUpdate | None:
         """Returns what a training function's update may become, if updates are deferred at all."""
