@@ -1,6 +1,5 @@
 """The training runs of one worker as they are executed, and what became of each."""
 
-import collections
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from tf_syncdist.propagation.slices import Plan, TensorSpec
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies.auto_propagation import AutoPropagation
 from tf_syncdist.strategies.deferral import Deferral, Pending
+from tf_syncdist.strategies.input_passes import InputPasses
 from tf_syncdist.strategies.nonfinite import Inspection
 from tf_syncdist.strategies.recorded import recorded
 from tf_syncdist.strategies.run_exchanges import RunExchanges
@@ -36,8 +36,7 @@ class RunController:
 
     Attributes:
         offers_early: Whether parts of an exchange may be offered before all of it is there.
-        input_may_end: Whether input of unknown length is being read. Where it ends is decided from
-            what workers have finished, so no update waits for the next run then.
+        input: What is known of the input that runs are given.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class RunController:
         self._session = session
         self._store = store
         self._exchanges = RunExchanges(session, Inspection(nonfinite, session.config.worker))
-        self.input_may_end = False
+        self.input = InputPasses(session)
         self._updates_at_once = False
         self._said: set[str] = set()
         self.offers_early = overlaps and not self._exchanges.inspection.looks
@@ -81,8 +80,6 @@ class RunController:
         self._is_deferred = False
         self._over = False
         self._void = False
-        self._input_pass: int | None = None
-        self._read_ahead: collections.deque[tuple[int, int]] = collections.deque()
         self._resume_at = 0
         self._computed = 0
         self._first_end: float | None = None
@@ -113,8 +110,9 @@ class RunController:
             self.answer_state_requests()
             if self._deferral.pending is not None and self._deferral.pending.site is not site:
                 self.settle()
-            self._void = self._is_past_input()
-            self._leave_ended_input()
+            self._void = self.input.is_past(self.run)
+            if not self._void:
+                self.input.leave_ended(self.run)
             self._mode = self._decide(site)
             if self._mode is not Mode.COMPUTE and self._deferral.pending is not None:
                 self.settle()
@@ -251,7 +249,7 @@ class RunController:
                 )
                 self._deferral.begin(pending)
                 in_order = self._auto is not None and self._auto.in_order
-                if self.input_may_end or self._updates_at_once or in_order:
+                if self.input.may_end or self._updates_at_once or in_order:
                     self.settle()
                 if in_order:
                     waited = self._deferral.received_at - self._sent_at
@@ -301,23 +299,6 @@ class RunController:
     def is_ahead(self) -> bool:
         """Whether this worker's variables are those of a later run, so that it skips runs."""
         return self.run < self._resume_at
-
-    def begin_input(self) -> None:
-        """Takes note that input is read anew; what was agreed about the last input has served."""
-        self._read_ahead.clear()
-        self.input_may_end = False
-        if self._input_pass is not None and self.run > self._input_pass:
-            self._session.leave_pass(self._input_pass)
-            self._input_pass = None
-
-    def begin_pass(self) -> int:
-        """Returns the run with which input of unknown length begins; it is the name of the pass."""
-        self._input_pass = self.run
-        return self.run
-
-    def has_read(self, input_pass: int, run: int) -> None:
-        """Takes note that there is input for a run; where the pass ends may not be known yet."""
-        self._read_ahead.append((input_pass, run))
 
     def replays(self, run: int) -> bool:
         """Returns whether a coming run is surely not going to be computed."""
@@ -432,28 +413,6 @@ class RunController:
                 )
             return Mode.COMPUTE
         return Mode.REPLAY
-
-    def _is_past_input(self) -> bool:
-        """Returns whether input for this run was read ahead of where it ends for all workers."""
-        while self._read_ahead:
-            input_pass, run = self._read_ahead[0]
-            end = self._session.end_of(input_pass)
-            past = end is not None and end <= self.run
-            if past or run <= self.run:
-                self._read_ahead.popleft()
-            if past or run >= self.run:
-                return past
-        return False
-
-    def _leave_ended_input(self) -> None:
-        """Takes note that this run is not one of the last input, if that has ended before it.
-
-        Otherwise nobody would wait for the workers that had no more input for it.
-        """
-        if self._input_pass is not None and not self._void:
-            end = self._session.end_of(self._input_pass)
-            if end is not None and end <= self.run:
-                self.begin_input()
 
     def _synchronise(self, site: RunSite) -> None:
         """Takes over worker 0's values of variables that this site trains for the first time."""

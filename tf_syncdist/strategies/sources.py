@@ -107,8 +107,8 @@ class Source:
             number = max(self._passes, default=-1) + 1
             # A look at the first batch may still be under way, but nothing older.
             self._passes = {n: p for n, p in self._passes.items() if n >= number - 2}
-            self._passes[number] = _Pass(self._controller.begin_pass())
-            self._controller.input_may_end = self._controller.input_may_end or self._ends
+            self._passes[number] = _Pass(self._controller.input.begin_pass(self._controller.run))
+            self._controller.input.may_end = self._controller.input.may_end or self._ends
             return np.int64(number)
 
     def _choose(self, number: np.int64, index: np.int64) -> np.int64:
@@ -126,12 +126,12 @@ class Source:
         is_length = self._alike and not now.skipped
         if self._session.vote_end(now.begin, now.run, is_length):
             return np.bool_(False)
-        self._controller.has_read(now.begin, now.run)
+        self._controller.input.has_read(now.begin, now.run)
         return np.bool_(True)
 
     def _remember(self, *arrays: np.ndarray) -> np.int64:
         if self._ends:
-            self._controller.has_read(self._now.begin, self._now.run)
+            self._controller.input.has_read(self._now.begin, self._now.run)
         self._previous = list(arrays)
         return np.int64(0)
 

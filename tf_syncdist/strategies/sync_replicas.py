@@ -353,7 +353,7 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
         dataset = inputs.split(dataset, len(self.extended.worker_devices))
         builds = call is not None and adapter.builds_from_input(call.model)
         each = batches if continued else None
-        return inputs.WorkerDataset(dataset, each, builds, self._controller.begin_input)
+        return inputs.WorkerDataset(dataset, each, builds, self._begin_input)
 
     def _watch(
         self, dataset: tf.data.Dataset, ends: bool, alike: bool, fits: bool
@@ -391,7 +391,10 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
         ends = int(dataset.cardinality()) != tf.data.INFINITE_CARDINALITY
         dataset = inputs.group(dataset, len(self.extended.worker_devices))
         dataset = self._watch(dataset, ends, alike=False, fits=False)
-        return inputs.WorkerDataset(dataset, None, False, self._controller.begin_input)
+        return inputs.WorkerDataset(dataset, None, False, self._begin_input)
+
+    def _begin_input(self) -> None:
+        self._controller.input.begin_input(self._controller.run)
 
     # Values.
 
