@@ -80,7 +80,7 @@ class Acknowledging:
     """
 
     def __init__(self, credit_bytes: int) -> None:
-        self._every = max(1, credit_bytes // 4)
+        self._every = max(1, credit_bytes // 2)
         self._arrived = 0
 
     def arrived(self, nbytes: int) -> int:

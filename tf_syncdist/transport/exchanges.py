@@ -42,6 +42,7 @@ class Exchanging(Link):
             {} for _ in config.addresses
         ]
         self._offered: list[list[SliceMessage]] = [[] for _ in config.addresses]
+        self._awaited_slices: tuple[tuple[int, int], set[tuple[int, int]]] = ((-1, -1), set())
         self._acknowledging = [Acknowledging(config.credit_bytes) for _ in config.addresses]
         self._is_late = False
         self._done: dict[int, tuple[int, int, bool]] = {}
@@ -227,9 +228,13 @@ class Exchanging(Link):
         def is_asked() -> bool:
             return on_all_withheld is not None and run in self._all_withheld
 
+        # With slices in their hundreds, waking up for each costs more than the slice.
+        by_part = bool(self.config.credit_bytes)
+
         def there() -> bool:
             slices = self._results.get(key, {})
-            if not slices.keys().isdisjoint(left) or run in self._gone or is_asked():
+            come = slices.keys() >= left.keys() if by_part else not left.keys().isdisjoint(slices)
+            if come or run in self._gone or is_asked():
                 return True
             return known() is not None and exchange >= known()
 
@@ -237,6 +242,7 @@ class Exchanging(Link):
         used = 0
         while left:
             with self._changed:
+                self._awaited_slices = (key, set(left) - set(self._results.get(key, ())))
                 self._wait(there, f"the result of round {run}")
                 asked = is_asked()
                 if asked:
@@ -389,7 +395,7 @@ class Exchanging(Link):
     def _is_over(self, run: int) -> bool:
         return run < self._finished or self._exchanges_of(run) is not None
 
-    def _on_result(self, shard: int, message: pb.Result, payload: memoryview) -> None:
+    def _on_result(self, shard: int, message: pb.Result, payload: memoryview) -> bool:
         if self.config.timeline is not None:
             self._record(shard, message)
         if self.config.credit_bytes:
@@ -411,6 +417,13 @@ class Exchanging(Link):
                 tuple(message.contributors),
                 message.row_elements,
             )
+        if not self.config.credit_bytes:
+            return True
+        awaited, missing = self._awaited_slices
+        if awaited != (message.run, message.exchange):
+            return False
+        missing.discard((shard, message.slice))
+        return not missing
 
     def _record(self, shard: int, message: pb.Result) -> None:
         """Adds a result to the timeline, as far as a worker can tell."""

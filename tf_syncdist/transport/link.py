@@ -89,7 +89,8 @@ class Link:
     """What all parts of a session stand on.
 
     A part keeps what it has received in attributes that `_changed` guards. A message is handed to
-    the method `_on_<body>`, which is called with `_changed` held and must not wait.
+    the method `_on_<body>`, which is called with `_changed` held and must not wait. It may return
+    `False` if that cannot end any wait.
 
     Where a stream breaks it is opened anew, perhaps to another process that knows nothing. A part
     then tells by `_stand` what it knows of the job, and by `_resend` says again what it has said
@@ -334,8 +335,9 @@ class Link:
             )
             self._resend(shard, message, is_new)
 
-    def _on_ack(self, shard: int, message: pb.Ack, *_: object) -> None:
+    def _on_ack(self, shard: int, message: pb.Ack, *_: object) -> bool:
         self._connections[shard].acknowledge(message.bytes)
+        return False
 
     def _on_members(self, shard: int, message: pb.Members, *_: object) -> None:
         if not shard:
@@ -473,5 +475,6 @@ class Link:
             self._on_notice(header.notice.text)
             return
         with self._changed:
-            getattr(self, f"_on_{body}")(shard, getattr(header, body), payload)
-            self._changed.notify_all()
+            is_news = getattr(self, f"_on_{body}")(shard, getattr(header, body), payload)
+            if is_news is not False:
+                self._changed.notify_all()
