@@ -172,3 +172,19 @@ def test_a_service_that_is_started_again_goes_on_where_it_was(
         assert sum(worker.counts[:3]) == count
         if not b:
             assert worker.counts == (count, 0, 0, 0)
+
+
+def test_a_stream_to_any_of_several_shards_may_break(serve: Serve) -> None:
+    service = serve(2, shards=3)
+    workers = service.workers()
+    everybody = [(w, w.site("a", "b")) for w in workers]
+    for shard in (2, 0, 1):
+        service.together(*(functools.partial(w.do_runs, s, 3) for w, s in everybody))
+        # Its processes still know the job, each by a seed of its own.
+        workers[1].session._connections[shard].abandon()
+        address = service.config.addresses[shard]
+        again = f"worker 1 is connected again to the service at {address}"
+        service.until(lambda text=again: text in service.notices[1])
+    service.together(*(functools.partial(w.do_runs, s, 3) for w, s in everybody))
+    assert workers[0].bytes == workers[1].bytes
+    assert [w.counts for w in workers] == [(12, 0, 0, 0)] * 2

@@ -113,6 +113,8 @@ class Link:
         self._limiters = (Limiter(config.limit_gbps), Limiter(config.limit_gbps))
         self._ready = [False for _ in config.addresses]
         self._welcomes: list[pb.Welcome | None] = [None for _ in config.addresses]
+        # By which each shard knows its own workers again.
+        self._shard_seeds = [0 for _ in config.addresses]
         self._down_since: list[float | None] = [None for _ in config.addresses]
         self._leaving = False
         self._members: tuple[int, ...] = ()
@@ -243,7 +245,7 @@ class Link:
         )
         welcome = self._welcomes[shard]
         if welcome is not None:
-            hello.standing.job_seed = self.job_seed
+            hello.standing.job_seed = self._shard_seeds[shard]
             hello.standing.service = welcome.service
             hello.standing.members.extend(self._members)
             self._stand(shard, hello.standing)
@@ -321,6 +323,7 @@ class Link:
 
     def _on_welcome(self, shard: int, message: pb.Welcome, *_: object) -> None:
         before, self._welcomes[shard] = self._welcomes[shard], message
+        self._shard_seeds[shard] = message.job_seed
         connection = self._connections[shard]
         self._down_since[shard] = None
         self._ready[shard] = True

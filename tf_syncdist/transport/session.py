@@ -68,6 +68,7 @@ class Session(Ending, Gathering, StateTransfer):
         self._all_gone += 1
 
     def _on_started(self, shard: int, message: pb.Started, *_: object) -> None:
+        self._shard_seeds[shard] = message.job_seed
         if not shard and self._started is None:
             self._started = message
             self.job_seed = message.job_seed
