@@ -196,12 +196,11 @@ class RunController:
         """Ends the run before, whose update has been made."""
         with recorded(self):
             if self._deferral.pending.lost:
-                # What this run computes begins with nonsense, so it goes to nobody.
-                self._substitute = True
+                # What this run computes begins with nonsense, so it goes to nobody. Another state
+                # takes its place when all of it is done, and not while it still writes.
+                self._substitute = self._exchanges.lost = True
                 self._exchanges.gives = False
-                self._refresh()
-                if self.run >= self._resume_at:
-                    self._session.send_late(self.run)
+                self._deferral.drop()
             else:
                 self._deferral.finish()
 
@@ -224,6 +223,11 @@ class RunController:
                 return
             if self._exchanges.lost:
                 self._refresh()
+                while self._resume_at <= self.run:
+                    # Only the run before is in that state. This one is left to the others.
+                    self._session.send_late(self.run)
+                    self._session.wait_over(self.run)
+                    self._refresh()
                 self._mode = Mode.SKIP
             if self._mode is Mode.SKIP or self.run < self._resume_at:
                 self.run += 1

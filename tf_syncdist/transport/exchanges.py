@@ -60,6 +60,12 @@ class Exchanging(Link):
             self._check()
             return self._exchanges_of(run)
 
+    def wait_over(self, run: int) -> None:
+        """Waits until a run is over on every shard."""
+        with self._changed:
+            self._check()
+            self._wait(lambda: self._exchanges_of(run) is not None, f"the end of round {run}")
+
     def wait_results(self, run: int) -> bool | None:
         """Waits until the results of a run that is over have all come.
 
