@@ -248,6 +248,7 @@ def main() -> None:
             "optimizer_sha256": tf_syncdist.variables_sha256(variables),
             "iterations": int(model.optimizer.iterations.numpy()),
             "moved": float(max(np.abs(np.asarray(v)).max() for v in model.trainable_variables)),
+            "common": len(controller._store.specs()),
             "rounds": after.rounds - before.rounds,
             "contributed": after.contributed - before.contributed,
             "replayed": after.replayed - before.replayed,
