@@ -236,6 +236,8 @@ def main() -> None:
         before = strategy.local_report()
         model = train()
         uses = [key[1] for key in controller._plans if key[1] is not None]
+        # A run whose update waits is not counted yet.
+        controller.settle()
         after = strategy.local_report()
         optimizers = [model.optimizer, *filter(None, [getattr(model, "other_optimizer", None)])]
         variables = [v for o in optimizers for v in o.variables]
