@@ -75,6 +75,12 @@ def test_nor_over_a_network_with_two_services_in_order_and_narrow_values(
 
 
 @pytest.mark.parametrize("case", ALL)
+def test_a_state_has_what_optimizers_hold(case: str, jobs: Jobs) -> None:
+    """Also where the function that is traced for a run does not use it."""
+    assert jobs["fifo"].common(case, "common") == jobs["priority"].common(case, "common")
+
+
+@pytest.mark.parametrize("case", ALL)
 def test_updates_wait_for_the_next_run_where_that_can_be(case: str, jobs: Jobs) -> None:
     for name in ("fifo", "priority"):
         looks = jobs[name].common(case, "looks")

@@ -50,7 +50,11 @@ def run_in_graph(runs: Runs, fn: Callable[[], Any], inputs: Any) -> Any:
     writes = traces.count_writes(traced)
     if site.deferral is not None:
         with runs.at(site):
-            writes += traces.count_writes(site.deferral.prepare())
+            update = site.deferral.prepare()
+        writes += traces.count_writes(update)
+        # What an optimizer holds is used there only; whoever takes over a state needs it as well.
+        known = {id(v) for v in site.variables}
+        site.variables += [v for v in update.graph.variables if id(v) not in known]
     site.written = [v for v in site.variables if writes[id(v)]]
     runs.on_traced(site)
     outputs = tf.nest.flatten(traced.structured_outputs, expand_composites=True)

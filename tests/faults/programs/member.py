@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 import tf_syncdist
+from tf_syncdist.propagation import PriorityPropagation
 
 ARGUMENTS: dict[str, Any] = json.loads(sys.argv[1])
 _LIFE = os.environ["TF_SYNCDIST_TEST_LIFE"]
@@ -21,6 +22,10 @@ PATIENCE = {
     "timeout_seconds": 90.0,
     "bucket_bytes": 300,
 }
+if "priority" in ARGUMENTS:
+    PATIENCE["propagation"] = PriorityPropagation(**ARGUMENTS["priority"])
+# Who looks at variables makes an update that waits.
+_NOTE_EVERY = ARGUMENTS.get("note_every", 1)
 
 
 class Trace:
@@ -38,8 +43,10 @@ class Trace:
         self._file.write("0 joined\n")
 
     def note(self) -> None:
-        """Adds a line."""
+        """Adds a line, perhaps not after every run."""
         rounds = int(self._optimizer.iterations.numpy())
+        if rounds % _NOTE_EVERY:
+            return
         sha256 = tf_syncdist.variables_sha256([*self._variables, *self._optimizer.variables])
         self._file.write(f"{rounds} {sha256}\n")
 

@@ -236,6 +236,8 @@ def main() -> None:
         before = strategy.local_report()
         model = train()
         uses = [key[1] for key in controller._plans if key[1] is not None]
+        # A run whose update waits is not counted yet.
+        controller.settle()
         after = strategy.local_report()
         optimizers = [model.optimizer, *filter(None, [getattr(model, "other_optimizer", None)])]
         variables = [v for o in optimizers for v in o.variables]
@@ -248,6 +250,7 @@ def main() -> None:
             "optimizer_sha256": tf_syncdist.variables_sha256(variables),
             "iterations": int(model.optimizer.iterations.numpy()),
             "moved": float(max(np.abs(np.asarray(v)).max() for v in model.trainable_variables)),
+            "common": len(controller._store.specs()),
             "rounds": after.rounds - before.rounds,
             "contributed": after.contributed - before.contributed,
             "replayed": after.replayed - before.replayed,
