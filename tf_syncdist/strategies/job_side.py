@@ -77,6 +77,7 @@ class JobSide:
         """
         if self._member is None:
             return Report(self._runs.counted_alone()[0], ())
+        self._controller.settle()
         return self._member.report()
 
     def local_report(self) -> LocalReport:
@@ -84,6 +85,7 @@ class JobSide:
         if self._member is None:
             rounds, seconds = self._runs.counted_alone()
             return LocalReport(0, 1, rounds, rounds, 0, 0, 0, seconds)
+        self._controller.settle()
         return self._controller.report()
 
     def close(self) -> None:
