@@ -64,6 +64,7 @@ def numbers(field: object, near: tuple[int, ...]) -> st.SearchStrategy:
         field.TYPE_ENUM: st.sampled_from([0, 1, 2, 3, 4, 5, 77, -1]),
         field.TYPE_BOOL: st.booleans(),
         field.TYPE_DOUBLE: st.sampled_from([0.0, 3.0, -1.0, float("inf"), float("nan")]),
+        field.TYPE_FLOAT: st.sampled_from([0.0, 3.0, -1.0, float("inf"), float("nan")]),
         field.TYPE_STRING: st.sampled_from(["", "x", "ä\n" * 3000]),
         field.TYPE_BYTES: st.binary(max_size=16),
     }[field.type]

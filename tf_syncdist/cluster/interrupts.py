@@ -35,7 +35,7 @@ _FIRST_PAUSE_SECONDS = 0.005
 _MAX_PAUSE_SECONDS = 0.1
 
 # A library may take so long to come back to the program, until an exception is raised within it.
-_POLITE_SECONDS = 0.5
+_POLITE_SECONDS = 1.0
 
 # The main thread may act on a signal before the watching thread has looked at the clock.
 _SOONER_SECONDS = 0.5
