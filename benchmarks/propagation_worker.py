@@ -22,6 +22,7 @@ from absl import app, flags
 
 import tf_syncdist
 from benchmarks import propagation_clock, propagation_compute, propagation_models
+from tf_syncdist.propagation import FifoPropagation, PriorityPropagation, Propagation
 
 _MODEL = flags.DEFINE_enum("model", "vgg19", list(propagation_models.MODELS), "Which model.")
 _MODE = flags.DEFINE_enum(
@@ -43,19 +44,14 @@ _RESULT_FILE = flags.DEFINE_string("result_file", None, "Where the result goes."
 # A sleeping layer holds one thread of this pool, and an exchange that waits another one. By default
 # there are as many as the machine has cores, so nothing else could run on two of them.
 _INTER_OP_THREADS = 8
-# More than this machine can move.
-_NO_LIMIT_GBPS = 100.0
 _POLL_SECONDS = 0.005
 _LEARNING_RATE = 0.01
 
 
-def _propagation() -> Any:
-    """Returns how gradients travel; `None` is the product's default."""
+def _propagation() -> Propagation:
+    """Returns how gradients travel."""
     if _MODE.value == "fifo":
-        return None
-    # Not at the top: the default has to run where there is no choice.
-    from tf_syncdist.propagation import FifoPropagation, PriorityPropagation
-
+        return FifoPropagation()
     if _MODE.value == "no_overlap":
         return FifoPropagation(overlap=False)
     if _MODE.value == "sliced":
@@ -65,20 +61,13 @@ def _propagation() -> Any:
 
 
 def _make_strategy() -> tf_syncdist.SyncReplicasStrategy:
-    options: dict[str, Any] = {}
-    propagation = _propagation()
-    if propagation is not None:
-        options["propagation"] = propagation
-    if _TIMELINE.value:
-        options["timeline"] = _TIMELINE.value
-    if _HAS_BUCKET.value:
-        options["limit_gbps"] = _NO_LIMIT_GBPS
     return tf_syncdist.SyncReplicasStrategy(
         # The links are within this machine.
         insecure=True,
         transport="grpc",
         print_report=False,
-        **options,
+        propagation=_propagation(),
+        timeline=_TIMELINE.value,
     )
 
 
@@ -171,17 +160,6 @@ def _write(path: pathlib.Path, result: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
-def _limit(strategy: tf_syncdist.SyncReplicasStrategy, gbps: float) -> None:
-    """Changes the bandwidth to which the transport limits itself."""
-    if not hasattr(strategy, "limit_gbps"):
-        # Setting what is not there would be no error, and the link would have no limit.
-        raise NotImplementedError(
-            "Expected a strategy whose `limit_gbps` can be changed. Run the benchmark as root, "
-            "with --limiter=tc."
-        )
-    strategy.limit_gbps = gbps
-
-
 def _run_phases(
     strategy: tf_syncdist.SyncReplicasStrategy, trainer: _Trainer, clock: propagation_clock.Clock
 ) -> None:
@@ -191,7 +169,7 @@ def _run_phases(
         if phase["kind"] == "end":
             return
         if _HAS_BUCKET.value:
-            _limit(strategy, phase["gbps"] or _NO_LIMIT_GBPS)
+            strategy.limit_gbps = phase["gbps"]
         step = {"compute": trainer.compute, "train": trainer.train}[phase["kind"]]
         clock.spans.clear()
         ends, cpu_seconds = [time.monotonic()], time.process_time()

@@ -61,7 +61,7 @@ ALL_CASES = (*CASES, *NESTED_CASES)
 
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
-    late = {"plain": False, "backup_workers": 1, "pause_seconds": 0.06}
+    late = {"plain": False, "backup_workers": 1, "slow": True}
     wanted = {
         "plain": {"workers": 0, "arguments": {"plain": True}},
         "together": {"workers": 2, "arguments": {"plain": False}},

@@ -161,9 +161,11 @@ class Delivery:
         ]
         for worker, outbox in self._streams.items():
             if self._rounds.position(worker) <= over.run:
-                # Who is computing for it is to know before the results have come.
-                outbox.put(both[False])
-                if self._is_near(worker, over.run):
+                is_near = self._is_near(worker, over.run)
+                if outbox.by_urgency or not is_near:
+                    # Who is computing for it is to know before the results have come.
+                    outbox.put(both[False])
+                if is_near:
                     outbox.put_result(both[True], _behind(over.run), 0)
 
     def _send_stored(self, worker: int, run: int) -> None:

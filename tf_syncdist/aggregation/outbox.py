@@ -92,6 +92,11 @@ class Outbox:
             CreditQueue(credit_bytes) if credit_bytes else None
         )
 
+    @property
+    def by_urgency(self) -> bool:
+        """Whether results leave by their urgency, so that other messages overtake them."""
+        return self._urgent is not None
+
     def put_result(self, message: bytes, urgency: Urgency, nbytes: int) -> None:
         """Appends a result, or what has to stand behind results.
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from tf_syncdist.propagation.slices import Plan, TensorSpec
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
-from tf_syncdist.strategies.auto_propagation import AutoPropagation
 from tf_syncdist.strategies.deferral import Deferral, Pending
 from tf_syncdist.strategies.input_passes import InputPasses
 from tf_syncdist.strategies.nonfinite import Inspection
+from tf_syncdist.strategies.propagation_chooser import PropagationChooser
 from tf_syncdist.strategies.recorded import recorded
 from tf_syncdist.strategies.run_exchanges import RunExchanges
 from tf_syncdist.strategies.run_timeline import RunTimeline
@@ -75,7 +75,7 @@ class RunController:
         self._deferral = Deferral(
             session, self._exchanges.buffers, self._exchanges.give_zeros, self._timeline, clock
         )
-        self._auto = AutoPropagation(session, self.say_once) if chooses else None
+        self._auto = PropagationChooser(session, self.say_once) if chooses else None
         self._begun_at = self._sent_at = 0.0
         self._is_deferred = False
         self._over = False

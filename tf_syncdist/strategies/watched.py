@@ -13,7 +13,7 @@ class WatchedVariable(adapter.MirroredVariable):
     """A variable that says before it is read or written.
 
     TensorFlow chooses the class of a strategy's variables from a table of its own, so theirs is
-    changed after they are made. What is read through `handle` by a graph is not noticed here.
+    changed after they are made. A graph that has captured the handle reads without a word.
     """
 
     def _get(self) -> Any:

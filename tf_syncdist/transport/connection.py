@@ -40,6 +40,19 @@ class SliceMessage(NamedTuple):
         return self.make()
 
 
+class Made(NamedTuple):
+    """Makes a message that there is already.
+
+    Args:
+        data: The message.
+    """
+
+    data: bytes
+
+    def __call__(self) -> bytes:
+        return self.data
+
+
 _LOOK = object()
 
 OnMessage = Callable[[pb.ToWorker, memoryview], None]
@@ -217,7 +230,7 @@ class Connection:
                 message, nbytes = self._slices.take()
             data = message()
             if data is not None:
-                return message._replace(make=_Made(data))
+                return message._replace(make=Made(data))
             with self._lock:
                 self._slices.acknowledge(nbytes)
 
@@ -241,13 +254,6 @@ class Connection:
             error = ServiceError(f"{type(e).__name__} while reading from {self.address}: {e}")
         if not self._closed:
             self._on_error(self, error, code)
-
-
-class _Made(NamedTuple):
-    data: bytes
-
-    def __call__(self) -> bytes:
-        return self.data
 
 
 def _record(timeline: Timeline, message: SliceMessage, began: float) -> None:

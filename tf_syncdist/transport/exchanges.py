@@ -14,7 +14,7 @@ from tf_syncdist.propagation.slices import ITEM_BYTES, Bucket, Plan, Slice
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.allocator import keep_freed_memory
-from tf_syncdist.transport.connection import Outgoing, SliceMessage
+from tf_syncdist.transport.connection import Made, Outgoing, SliceMessage
 from tf_syncdist.transport.link import Link, SessionConfig
 
 # How the last runs ended can be told again for so many of them; results come at most four ahead.
@@ -143,8 +143,10 @@ class Exchanging(Link):
                 offered = SliceMessage(anew, urgency, part.nbytes, name)
                 self._offered[part.shard].append(offered)
                 if isinstance(message, bytes):
-                    # It waits, perhaps until the run is over without it.
-                    make = functools.partial(self._unless_over, run, message)
+                    make: Callable[[], bytes | None] = Made(message)
+                    if self.config.credit_bytes:
+                        # It may wait until the run is over without it.
+                        make = functools.partial(self._unless_over, run, message)
                     offered = offered._replace(make=make)
                 self._post_slice(part.shard, offered)
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +35,20 @@ def meet(strategy: tf_syncdist.SyncReplicasStrategy, place: str, seconds: float 
         time.sleep(0.02)
 
 
-def slowly(value: tf.Tensor, seconds: float) -> tf.Tensor:
-    """Returns a tensor as it is, after a pause in the graph."""
-    if not seconds:
-        return value
+def after(value: tf.Tensor, wait: Callable[[], None]) -> tf.Tensor:
+    """Returns a tensor as it is, after a call out of the graph."""
 
-    def pause() -> int:
-        time.sleep(seconds)
+    def call() -> int:
+        wait()
         return 0
 
-    with tf.control_dependencies([tf.numpy_function(pause, [], tf.int64)]):
+    with tf.control_dependencies([tf.numpy_function(call, [], tf.int64)]):
         return tf.identity(value)
+
+
+def slowly(value: tf.Tensor, seconds: float) -> tf.Tensor:
+    """Returns a tensor as it is, after a pause in the graph."""
+    return after(value, lambda: time.sleep(seconds)) if seconds else value
 
 
 class Pause(keras.layers.Layer):

@@ -14,7 +14,7 @@ _FIRST_ROUND = 4
 _DECIDES_AT = 16
 
 
-class AutoPropagation:
+class PropagationChooser:
     """Lets gradients travel in the order of backpropagation until it is known what is better.
 
     All workers choose before the same run, from the same figures. A worker that comes later is told
