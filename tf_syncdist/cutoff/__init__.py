@@ -1,5 +1,6 @@
 """When to stop waiting: pure policies that decide how many contributions close a round."""
 
+from tf_syncdist.cutoff.planning import Plan, Planner, RoundTimes
 from tf_syncdist.cutoff.policies import (
     BackupWorkers,
     CutoffPolicy,
@@ -15,6 +16,9 @@ __all__ = [
     "CutoffPolicy",
     "Decision",
     "FullSync",
+    "Plan",
+    "Planner",
+    "RoundTimes",
     "SliceView",
     "deserialize",
     "serialize",

@@ -4,6 +4,8 @@ import dataclasses
 import json
 from typing import Any, NamedTuple, Protocol
 
+from tf_syncdist.cutoff.planning import Plan, Planner
+
 
 class SliceView(NamedTuple):
     """What a policy may look at when it decides about one slice of a round.
@@ -14,6 +16,8 @@ class SliceView(NamedTuple):
         contributions: How many contributions the slice has.
         possible: How many it can have at most, now that some workers may have left.
         num_workers: How many workers the job was started with.
+        plan: What the policy's planner has planned for the round; `None` if it has none, or as long
+            as it has not.
     """
 
     now: float
@@ -21,6 +25,7 @@ class SliceView(NamedTuple):
     contributions: int
     possible: int
     num_workers: int
+    plan: Plan | None = None
 
 
 class Decision(NamedTuple):
@@ -42,6 +47,10 @@ class CutoffPolicy(Protocol):
 
     def replicas_to_aggregate(self, num_workers: int) -> int:
         """Returns N, the number of contributions by which `all_reduce(SUM)` is scaled."""
+        ...
+
+    def planner(self, num_workers: int) -> Planner | None:
+        """Returns a new memory of rounds that are over; `None` if the policy needs none."""
         ...
 
     def decide(self, view: SliceView) -> Decision:
@@ -69,6 +78,9 @@ class FullSync:
     def replicas_to_aggregate(self, num_workers: int) -> int:
         """Returns N, here all workers."""
         return num_workers
+
+    def planner(self, num_workers: int) -> None:
+        """Returns `None`: nothing is to be planned."""
 
     def decide(self, view: SliceView) -> Decision:
         """Closes a slice once everybody who can still contribute has."""
@@ -116,6 +128,9 @@ class BackupWorkers:
                 f"Use at most {num_workers - 1}, or start more workers."
             )
         return num_workers - self.b
+
+    def planner(self, num_workers: int) -> None:
+        """Returns `None`: nothing is to be planned."""
 
     def decide(self, view: SliceView) -> Decision:
         """Closes a slice with its Nth contribution, or the last that can still come."""
