@@ -121,8 +121,7 @@ class Job(Attendance):
         with self._lock:
             if self._hello is None or not self._members.is_life(worker, incarnation):
                 return 1.0
-            self._hear(worker)
-            return self._members.patience_seconds() / 4
+            return self._members.beat(worker, self._clock())
 
     def freeze(self) -> None:
         """Decides nothing any more: the service ends, and workers go on with the next one."""
