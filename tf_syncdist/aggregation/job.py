@@ -131,11 +131,14 @@ class Job(Attendance):
     def lost(self, worker: int, why: str, outbox: Outbox | None = None) -> None:
         """Takes note that a worker's stream is gone, orderly or not."""
         with self._lock:
-            if self._frozen or not self._is_stream(worker, outbox):
+            if not self._is_stream(worker, outbox):
                 return
+            # Also where nothing is decided any more: the stream's threads are to end.
             self._streams.pop(worker).close()
             self._memories.pop(worker)
             self._turned.notify_all()
+            if self._frozen:
+                return
             now = self._clock()
             self._relay.drop(worker, now)
             is_away = worker in self._present
