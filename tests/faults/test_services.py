@@ -54,7 +54,7 @@ Jobs = dict[str, concurrent.futures.Future]
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     """Jobs that run two at a time: most of their time is waiting."""
-    # Where the sums are to be those of both workers, none is left out that had no turn for a second.
+    # Where sums are to be those of both workers, none is left out for having had no turn.
     both = {"workers": 2, "min_workers": 2}
     wanted = {
         "disturbed": {"plan": kills(), **both},
