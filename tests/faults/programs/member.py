@@ -23,6 +23,7 @@ PATIENCE = {
     "connect_timeout_seconds": 60.0,
     "timeout_seconds": 90.0,
     "bucket_bytes": 300,
+    "min_workers": ARGUMENTS.get("min_workers", 1),
 }
 if "priority" in ARGUMENTS:
     PATIENCE["propagation"] = PriorityPropagation(**ARGUMENTS["priority"])

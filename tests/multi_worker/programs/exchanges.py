@@ -20,7 +20,8 @@ PLAIN = task.ARGUMENTS["plain"]
 strategy = tf.distribute.get_strategy()
 if not PLAIN:
     strategy = tf_syncdist.SyncReplicasStrategy(
-        backup_workers=task.ARGUMENTS.get("backup_workers", 0), **task.PATIENCE
+        backup_workers=task.ARGUMENTS.get("backup_workers", 0),
+        **task.patience(task.ARGUMENTS.get("backup_workers", 0)),
     )
 worker = 0 if PLAIN else strategy.worker_index
 is_slow = worker == 1 and task.ARGUMENTS.get("slow", False)
