@@ -362,7 +362,7 @@ class Rounds(KnownRounds):
             state.possible = len(self.to_come(key.run) | state.contributors.keys())
         view = SliceView(
             now,
-            run.timer.opened_at,
+            run.began_at,
             len(state.contributors),
             state.possible,
             self.num_workers,
