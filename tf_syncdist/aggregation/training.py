@@ -1,4 +1,4 @@
-"""Has a model of run-times trained in a process of its own, which may take TensorFlow and minutes."""
+"""Has models of run-times trained in a process of its own, which takes TensorFlow and minutes."""
 
 import contextlib
 import os
