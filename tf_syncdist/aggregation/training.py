@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # On two idle cores it takes three minutes, but it runs only when workers leave something over.
 _TIMEOUT_SECONDS = 3600.0
 
+_COMMAND = (sys.executable, "-m", "tf_syncdist.train_cutoff")
 _LOWEST_PRIORITY = 19
 _MOST_WORDS = 400
 
@@ -32,10 +34,14 @@ class Training:
 
     Args:
         timeout_seconds: How long it may take.
+        command: What is started, with `--trace=`, `--output=` and `--seed=`.
     """
 
-    def __init__(self, timeout_seconds: float = _TIMEOUT_SECONDS) -> None:
+    def __init__(
+        self, timeout_seconds: float = _TIMEOUT_SECONDS, command: Sequence[str] = _COMMAND
+    ) -> None:
         self._timeout_seconds = timeout_seconds
+        self._command = command
         self._guard: OrphanGuard | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._directory: Path | None = None
@@ -64,9 +70,7 @@ class Training:
             with open(self._directory / "log", "wb") as log:
                 self._process = self._guard.start(
                     [
-                        sys.executable,
-                        "-m",
-                        "tf_syncdist.train_cutoff",
+                        *self._command,
                         f"--trace={self._directory / 'trace.npz'}",
                         f"--output={self._directory / 'model.npz'}",
                         f"--seed={request.seed}",
