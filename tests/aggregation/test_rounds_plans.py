@@ -22,7 +22,7 @@ class Planned(FullSync):
 
 
 class Timer(FullSync):
-    """Closes so many seconds after the round has opened."""
+    """Closes two seconds after the first contribution to the round."""
 
     def decide(self, view: SliceView) -> Decision:
         until = view.opened_at + 2.0
@@ -251,18 +251,16 @@ def test_wake_at_tells_when_to_ask_again() -> None:
     assert rounds.wake_at is None
     send(rounds, 0, now=1.0, index=0, spec=TWO)
     assert rounds.wake_at == 3.0
-    # This one began earlier, so the round did.
     send(rounds, 1, now=1.5, elapsed=1.0, index=1, spec=TWO)
-    assert rounds.wake_at == 2.5
-    assert rounds.tick(2.4) == ()
-    assert rounds.wake_at == 2.5
-    assert len(rounds.tick(2.5)) == 2
+    assert rounds.tick(2.9) == ()
+    assert rounds.wake_at == 3.0
+    assert len(rounds.tick(3.0)) == 2
     assert rounds.wake_at is None
     rounds.finish(0, 0, 1, Fate.CONTRIBUTED)
-    send(rounds, 0, run=1, now=3.0)
-    assert rounds.wake_at == 5.0
-    rounds.leave(1, 3.0)
-    rounds.leave(2, 3.0)
+    send(rounds, 0, run=1, now=4.0)
+    assert rounds.wake_at == 6.0
+    rounds.leave(1, 4.0)
+    rounds.leave(2, 4.0)
     assert rounds.wake_at is None
 
 

@@ -25,16 +25,16 @@ class Positions(list[int]):
         self._at_lowest = 0
         super().__setitem__(worker, run)
 
-    def advance(self, worker: int, counts: bool) -> None:
-        """Takes note that a worker has done its run.
+    @property
+    def is_known(self) -> bool:
+        """Whether the lowest position is the same as when it was asked last."""
+        return self._at_lowest > 0
 
-        Args:
-            worker: The worker.
-            counts: Whether it is one of those of which the lowest position is asked.
-        """
+    def advance(self, worker: int) -> None:
+        """Takes note that a worker that counts has done its run."""
         run = self[worker]
         super().__setitem__(worker, run + 1)
-        if self._at_lowest and counts and run == self._lowest:
+        if run == self._lowest and self._at_lowest:
             self._at_lowest -= 1
 
     def forget(self) -> None:
@@ -78,6 +78,11 @@ class History:
         self._most_bytes = most_bytes
         self._rounds = 0
 
+    @property
+    def is_full(self) -> bool:
+        """Whether runs that somebody needs may be too many."""
+        return self.bytes > self._most_bytes or len(self.exchanges) > _MOST_RUNS_KEPT
+
     def add(self, run: int, exchanges: int) -> None:
         """Takes note that a run is over."""
         self.exchanges[run] = exchanges
@@ -101,8 +106,7 @@ class History:
         while self.kept_from < over:
             run = self.kept_from
             if run >= needed_from:
-                many = self.bytes > self._most_bytes or over - run > _MOST_RUNS_KEPT
-                if not (many and self._rounds > self._most_rounds):
+                if not self.is_full or self._rounds <= self._most_rounds:
                     break
             self.bytes -= forget(run)
             self._rounds -= self.exchanges.pop(run) > 0

@@ -15,20 +15,24 @@ class Run:
     """A run that is not forgotten, or is in progress.
 
     Args:
-        timer: Takes note of when its values come.
+        timer: Takes note of when its values come, until the run is over.
         plan: The plan for its round, if there is one.
 
     Attributes:
         exchanges: The slices of each exchange.
-        arrivals: When each worker was first heard of in it, in that order.
+        arrivals: When each worker was first heard of in it.
+        began_at: When the first one was.
         bytes: Size of its results.
     """
 
+    __slots__ = ("arrivals", "began_at", "bytes", "exchanges", "plan", "timer")
+
     def __init__(self, timer: RoundTimer, plan: Plan | None) -> None:
+        self.began_at = 0.0
         self.exchanges: dict[int, dict[int, SliceState]] = {}
         self.arrivals: dict[int, float] = {}
         self.bytes = 0
-        self.timer = timer
+        self.timer: RoundTimer | None = timer
         self.plan = plan
 
     @property
@@ -201,8 +205,12 @@ class KnownRounds:
 
     def contributed(self, worker: int, run: int) -> tuple[int, int]:
         """Returns how many slices of a kept run have a worker's values, and how many there are."""
-        slices = [s for e in self._runs[run].exchanges.values() for s in e.values()]
-        return sum(worker in s.contributors for s in slices), len(slices)
+        used = total = 0
+        for slices in self._runs[run].exchanges.values():
+            for state in slices.values():
+                used += worker in state.contributors
+                total += 1
+        return used, total
 
     def _plan_for(self, run: int) -> Plan | None:
         if not self._plans:

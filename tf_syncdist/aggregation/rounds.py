@@ -57,8 +57,7 @@ class Rounds(KnownRounds):
         Raises:
             RoundError: If the message contradicts what this worker or others have said.
         """
-        self._check_worker(worker)
-        self._check_position(worker, key.run, "contribute to")
+        self._check(worker, key.run, "contribute to")
         if not 0 <= key.slice < spec.num_slices:
             raise RoundError(
                 f"Expected a slice from 0 to {spec.num_slices - 1}. "
@@ -77,7 +76,8 @@ class Rounds(KnownRounds):
         state = self._slice(worker, run, key, spec)
         if worker in state.contributors:
             return Receipt(Verdict.DUPLICATE, (), f"worker {worker} is already in it")
-        run.timer.arrive(worker, now, elapsed_seconds)
+        if run.timer is not None:
+            run.timer.arrive(worker, now, elapsed_seconds)
         if state.closed:
             return Receipt(Verdict.LATE, (), f"closed with {len(state.contributors)} workers")
         state.contributors[worker] = None
@@ -94,8 +94,7 @@ class Rounds(KnownRounds):
         Returns:
             The slices that this closes, because nothing more comes from the worker in this run.
         """
-        self._check_worker(worker)
-        self._check_position(worker, run, "be late for")
+        self._check(worker, run, "be late for")
         state = self._arrive(worker, run, now)
         if state is None or run < self._over:
             return ()
@@ -118,8 +117,7 @@ class Rounds(KnownRounds):
         Raises:
             RoundError: If the run cannot have ended like that.
         """
-        self._check_worker(worker)
-        self._check_position(worker, run, "finish")
+        self._check(worker, run, "finish")
         over: tuple[RunOver, ...] = ()
         times: tuple[RoundTimes, ...] = ()
         history = self._history
@@ -141,12 +139,14 @@ class Rounds(KnownRounds):
             self._unsaid.append(RunOver(run, exchanges))
             if exchanges:
                 over, self._unsaid = tuple(self._unsaid), []
-        elif fate != Fate.MISSED and history.exchanges.get(run, exchanges) != exchanges:
-            raise _unlike(history.exchanges[run], run, f"exchanges={exchanges}", worker)
-        if history.exchanges.get(run, exchanges):
+        known = history.exchanges.get(run, exchanges)
+        if known != exchanges and fate != _MISSED:
+            raise _unlike(known, run, f"exchanges={exchanges}", worker)
+        if known:
             self._count(worker, run, fate)
-        self._positions.advance(worker, worker in self._presence.present)
-        return Progress(over, self._evict(), times)
+        self._positions.advance(worker)
+        evicted = self._evict()
+        return Progress(over, evicted, times) if over or evicted or times else _DONE
 
     def set_plan(self, run: int, plan: Plan, now: float) -> tuple[Closed, ...]:
         """Takes a plan for the first round from a run on; only the first one for it counts.
@@ -291,15 +291,15 @@ class Rounds(KnownRounds):
 
     # How.
 
-    def _check_worker(self, worker: int) -> None:
-        self._presence.take_part(worker)
-        if worker not in self._presence.present:
-            raise RoundError(
-                f"Expected one of the present workers {sorted(self._presence.present)}. "
-                f"Received: worker={worker}."
-            )
-
-    def _check_position(self, worker: int, run: int, verb: str) -> None:
+    def _check(self, worker: int, run: int, verb: str) -> None:
+        presence = self._presence
+        if worker not in presence.awaited:
+            presence.take_part(worker)
+            if worker not in presence.present:
+                raise RoundError(
+                    f"Expected one of the present workers {sorted(presence.present)}. "
+                    f"Received: worker={worker}."
+                )
         if run != self._positions[worker]:
             raise RoundError(
                 f"Expected worker {worker} to {verb} run {self._positions[worker]}, the one after "
@@ -335,11 +335,13 @@ class Rounds(KnownRounds):
         """Returns the run that a worker is heard of in, unless it is forgotten."""
         if number < self._history.kept_from:
             return None
-        run = self._run(number)
+        run = self._runs.get(number) or self._run(number)
         if worker not in run.arrivals:
+            if not run.arrivals:
+                run.began_at = now
             run.arrivals[worker] = now
             counts = self.counts[worker]
-            counts.delay_sum += now - next(iter(run.arrivals.values()))
+            counts.delay_sum += now - run.began_at
             counts.delays += 1
         return run
 
@@ -360,7 +362,7 @@ class Rounds(KnownRounds):
             state.possible = len(self.to_come(key.run) | state.contributors.keys())
         view = SliceView(
             now,
-            min(run.timer.opened_at, now),
+            run.began_at,
             len(state.contributors),
             state.possible,
             self.num_workers,
@@ -372,7 +374,8 @@ class Rounds(KnownRounds):
             again = self.cutoff.decide(view._replace(plan=self._plan_before))
             if again.close:
                 decision, run.plan = again, self._plan_before
-        self._alarms.set(state, decision.wait_until)
+        if decision.wait_until != state.wait_until:
+            self._alarms.set(state, decision.wait_until)
         if not decision.close or not self._are_enough(state):
             return None
         state.closed = True
@@ -395,25 +398,28 @@ class Rounds(KnownRounds):
         state = self._runs.get(number)
         if state is None:
             return ()
-        times = state.timer.times(number, state.slices, self.to_come(number))
+        timer, state.timer = state.timer, None
+        times = timer.times(number, state.slices, self.to_come(number))
         self._last_round = number
-        if state.timer.closed_at is not None:
-            self._closed_at = state.timer.closed_at
+        if timer.closed_at is not None:
+            self._closed_at = timer.closed_at
         self._plan_before = None if self._follows else state.plan or self._plan_before
         self._plans = {r: p for r, p in self._plans.items() if r > number}
         return () if times is None else (times,)
 
     def _count(self, worker: int, run: int, fate: Fate) -> None:
         counts = self.counts[worker]
-        if fate in (Fate.CONTRIBUTED, Fate.LATE) and run in self._runs:
+        if (fate == _CONTRIBUTED or fate == _LATE) and run in self._runs:
             used, total = self.contributed(worker, run)
             if used < total:
                 # With several shards the worker has seen more than this one, but never less.
-                fate = Fate.LATE
-            counts.partly_used += fate is Fate.LATE and used > 0
+                fate = _LATE
+            counts.partly_used += fate == _LATE and used > 0
         counts.fates[fate] += 1
 
     def _evict(self) -> tuple[int, ...]:
+        if self._positions.is_known and not self._history.is_full:
+            return ()
         presence = self._presence
         needed_from = self._positions.lowest(lambda: presence.present | presence.away, self._over)
         return self._history.evict(self._over, needed_from, self._forget)
@@ -423,7 +429,11 @@ class Rounds(KnownRounds):
         return state.bytes if state else 0
 
 
+# Looking a member of an enumeration up takes longer than what is done with it.
+_CONTRIBUTED, _LATE, _MISSED = Fate.CONTRIBUTED, Fate.LATE, Fate.MISSED
+
 _ADDED = Receipt(Verdict.ADD, (), "")
+_DONE = Progress((), ())
 
 
 def _unlike(known: int, run: int, received: str, worker: int) -> RoundError:
