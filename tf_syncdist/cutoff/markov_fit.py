@@ -76,7 +76,9 @@ def _emissions(
             ((values - mean[1].astype(np.float32)) ** 2 * of_worker).sum(axis=0),
         )
     )
-    common = squares.sum(axis=1, keepdims=True) / np.maximum(rounds.sum(axis=1, keepdims=True), 1e-3)
+    common = squares.sum(axis=1, keepdims=True) / np.maximum(
+        rounds.sum(axis=1, keepdims=True), 1e-3
+    )
     total = squares @ member + _COMMON_ROUNDS * common
     variance = total / (rounds @ member + _COMMON_ROUNDS)
     deviation = np.sqrt(np.maximum(variance, _LEAST_DEVIATION**2))

@@ -1,13 +1,14 @@
 """Models of the workers' run-times: what training makes of a trace, in memory and in a file."""
 
 import os
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
 from tf_syncdist.cutoff import files
 from tf_syncdist.cutoff.markov import Chains
-from tf_syncdist.cutoff.network import Weights
+from tf_syncdist.cutoff.network import Sizes, Weights
 from tf_syncdist.errors import RunTimeModelError
 
 _KIND, _VERSION = "model of run-times", 1
@@ -76,18 +77,64 @@ def load(path: str | os.PathLike) -> RunTimeModel:
         RunTimeModelError: If the file is missing, damaged, something else or of another version.
     """
     arrays = files.load(path, _KIND, _VERSION, RunTimeModelError)
-    parts = []
-    for part, cls in RunTimeModel.__annotations__.items():
-        names = [f"{part}.{name}" for name in cls._fields]
-        missing = [name for name in names if name not in arrays]
-        wrong = missing or [name for name in names if not np.isfinite(arrays[name]).all()]
-        if wrong:
-            raise RunTimeModelError(
-                f"Expected {', '.join(names)} in the file of a {_KIND}, all of them finite. "
-                f"Received: {str(path)!r}, where {wrong[0]} is not. Train the model again."
-            )
-        parts.append(cls(*(arrays[name] for name in names)))
-    weights, chains, evaluation = parts
-    figures = (kind(v) for kind, v in zip(Evaluation.__annotations__.values(), evaluation, strict=True))
-    model = RunTimeModel(weights, chains, Evaluation(*figures))
-    return _checked(model, path)
+    try:
+        return _model(arrays)
+    except (KeyError, TypeError, ValueError, IndexError) as e:
+        raise RunTimeModelError(
+            f"Expected a {_KIND}, as `python -m tf_syncdist.train_cutoff` writes it. Received: "
+            f"{str(path)!r}, in which something is missing or does not fit ({type(e).__name__}: "
+            f"{e}). Train the model again."
+        ) from e
+
+
+def _model(arrays: Mapping[str, np.ndarray]) -> RunTimeModel:
+    def part(name: str, fields: tuple[str, ...]) -> list[np.ndarray]:
+        values = [arrays[f"{name}.{field}"] for field in fields]
+        for field, value in zip(fields, values, strict=True):
+            if value.dtype.kind not in "fiu" or not np.isfinite(value).all():
+                raise ValueError(f"{name}.{field} holds no finite numbers")
+        return values
+
+    weights = Weights(*part("weights", Weights._fields))
+    chains = Chains(*part("chains", Chains._fields))
+    learned, full, static, count, oracle = part("evaluation", Evaluation._fields)
+    _check_weights(weights, len(chains.group))
+    _check_chains(chains)
+    evaluation = Evaluation(float(learned), float(full), float(static), int(count), float(oracle))
+    return RunTimeModel(weights, chains, evaluation)
+
+
+def _check_weights(weights: Weights, num_workers: int) -> None:
+    sizes = Sizes(
+        num_workers,
+        len(weights.start),
+        len(weights.read_state),
+        len(weights.infer_bias),
+        len(weights.move_bias),
+        len(weights.emit_bias),
+        len(weights.spread_bias),
+    )
+    for name, shape in sizes.shapes().items():
+        _check_shape(f"weights.{name}", getattr(weights, name), shape)
+    if sizes.spreads not in (1, num_workers):
+        raise ValueError(f"weights.spread_bias is of {sizes.spreads} workers")
+    if weights.window < 1 or weights.floor <= 0 or weights.scale[1] <= 0:
+        raise ValueError("weights.window, .floor and .scale must be positive")
+
+
+def _check_chains(chains: Chains) -> None:
+    num_workers, num_groups = len(chains.group), len(chains.transitions)
+    _check_shape("chains.group", chains.group, (num_workers,))
+    _check_shape("chains.means", chains.means, (num_workers, 2))
+    _check_shape("chains.deviations", chains.deviations, (num_workers, 2))
+    _check_shape("chains.transitions", chains.transitions, (num_groups, 2, 2))
+    _check_shape("chains.occupancy", chains.occupancy, (num_groups, 2))
+    if chains.group.dtype.kind != "i" or set(chains.group) != set(range(num_groups)):
+        raise ValueError(f"chains.group does not number groups from 0 to {num_groups - 1}")
+    if chains.deviations.min() <= 0 or chains.transitions.min() < 0 or chains.occupancy.min() < 0:
+        raise ValueError("chains have deviations or probabilities that are negative")
+
+
+def _check_shape(name: str, value: np.ndarray, shape: tuple[int, ...]) -> None:
+    if value.shape != shape:
+        raise ValueError(f"{name} has shape {list(value.shape)} instead of {list(shape)}")

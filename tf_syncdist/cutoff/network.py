@@ -64,6 +64,55 @@ class Weights(NamedTuple):
     spread_bias: np.ndarray
 
 
+class Sizes(NamedTuple):
+    """How large the networks are.
+
+    Args:
+        workers: Number of workers.
+        latent: Dimensions of the latent state.
+        unit: Of the recurrent unit's state.
+        inference: Neurons in the hidden layer of inference,
+        move: of the transition,
+        emission: and of the emission.
+        spreads: `workers`, or 1 if all share one deviation.
+    """
+
+    workers: int
+    latent: int
+    unit: int
+    inference: int
+    move: int
+    emission: int
+    spreads: int
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shape that each of the `Weights` has."""
+        return {
+            "scale": (2,),
+            "window": (),
+            "floor": (),
+            "start": (self.latent,),
+            "read_times": (self.workers, 3 * self.unit),
+            "read_state": (self.unit, 3 * self.unit),
+            "read_bias": (3 * self.unit,),
+            "infer_in": (self.latent + self.unit, self.inference),
+            "infer_bias": (self.inference,),
+            "infer_out": (self.inference, 2 * self.latent),
+            "infer_out_bias": (2 * self.latent,),
+            "move_in": (self.latent, self.move),
+            "move_bias": (self.move,),
+            "move_out": (self.move, 2 * self.latent),
+            "move_out_bias": (2 * self.latent,),
+            "emit_in": (self.latent, self.emission),
+            "emit_bias": (self.emission,),
+            "mean_hidden": (self.emission, self.workers),
+            "mean_latent": (self.latent, self.workers),
+            "mean_bias": (self.workers,),
+            "spread_hidden": (self.emission, self.spreads),
+            "spread_bias": (self.spreads,),
+        }
+
+
 class Network:
     """Infers the cluster's latent state from a window of rounds, and draws what comes next.
 

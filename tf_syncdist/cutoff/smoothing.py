@@ -51,7 +51,7 @@ class Smoother:
 
     @property
     def imputed(self) -> np.ndarray:
-        """float64, [num_workers]. The last round's log-seconds, late and absent workers' imputed."""
+        """float64, [num_workers]. The last round's log-seconds; of late and absent ones imputed."""
         if self._imputed is None:
             raise RuntimeError("Expected a round to be observed before its times are asked for.")
         return self._imputed
