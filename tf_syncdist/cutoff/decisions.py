@@ -13,7 +13,9 @@ class SliceView(NamedTuple):
 
     Args:
         now: Time of the decision, in seconds of the service's monotonic clock.
-        opened_at: Time of the round's first arrival, on the same clock.
+        opened_at: When the round began, on the same clock: when the one before was closed or, if
+            all that have been heard of began later, when the first of them did. It may yet turn
+            out to be earlier.
         contributions: How many contributions the slice has.
         possible: How many it can have at most, now that some workers may have left.
         num_workers: How many workers the job was started with.
