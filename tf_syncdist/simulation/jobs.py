@@ -1,4 +1,4 @@
-"""A job without machines: run-times go in, and the rounds that a service would have had come out."""
+"""A job without machines: run-times go in, the rounds that a service would have come out."""
 
 import math
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -35,7 +35,7 @@ class Outcome(NamedTuple):
         round_seconds: float64, [rounds]. How long each round lasted.
         contributed: int64, [num_workers]. For how many rounds each worker's values were used.
         dropped: int64, [num_workers]. For how many it computed and was late.
-        skipped: int64, [num_workers]. For how many it did not compute, being busy with an older one.
+        skipped: int64, [num_workers]. For how many it did not compute, busy with an older one.
         reason: What the policy said when the last round was closed.
     """
 
@@ -90,7 +90,7 @@ def simulate(
     (1.0, [0, 0, 10])
     >>> outcome = simulate(np.array([[1.0, 2.0, 9.0]] * 10), BackupWorkers(1), True)
     >>> outcome.dropped.tolist(), outcome.skipped.tolist()
-    ([0, 0, 2], [0, 0, 7])
+    ([0, 0, 2], [0, 0, 6])
     """
     return _Job(checked(seconds), policy, late_workers_stay_busy).run()
 
