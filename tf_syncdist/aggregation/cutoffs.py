@@ -27,9 +27,11 @@ class Cutoff:
         try:
             decision = self.policy.decide(view)
             close, wait_until, _ = decision
-            if close or wait_until is None or math.isfinite(wait_until):
+            if close or wait_until is None or view.now < wait_until < math.inf:
                 return decision
-            raise ValueError(f"Expected a time to wait until. Received: wait_until={wait_until}.")
+            raise ValueError(
+                f"Expected a time after {view.now} to wait until. Received: {wait_until}."
+            )
         except Exception as e:  # noqa: BLE001 - no policy is worth a job
             self.fail("decide", e)
             return self.policy.decide(view)

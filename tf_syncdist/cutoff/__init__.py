@@ -5,7 +5,14 @@ from tf_syncdist.cutoff.decisions import CutoffPolicy, Decision, SliceView
 from tf_syncdist.cutoff.elfving import Elfving
 from tf_syncdist.cutoff.order_statistics import OrderStatistics
 from tf_syncdist.cutoff.planning import Plan, Planner, RoundTimes
-from tf_syncdist.cutoff.policies import BackupWorkers, FullSync, deserialize, serialize
+from tf_syncdist.cutoff.policies import (
+    BackupWorkers,
+    FullSync,
+    deserialize,
+    is_fixed,
+    serialize,
+    waits_for_all,
+)
 
 __all__ = [
     "BackupWorkers",
@@ -20,5 +27,7 @@ __all__ = [
     "RoundTimes",
     "SliceView",
     "deserialize",
+    "is_fixed",
     "serialize",
+    "waits_for_all",
 ]

@@ -67,6 +67,16 @@ class BackupWorkers(FrozenPolicy):
         return close_after(view.num_workers - self.b, view)
 
 
+def is_fixed(policy: CutoffPolicy) -> bool:
+    """Returns whether a policy always waits for the same number of workers that are there."""
+    return isinstance(policy, FullSync | BackupWorkers)
+
+
+def waits_for_all(policy: CutoffPolicy) -> bool:
+    """Returns whether no round is closed as long as a worker that is there may yet contribute."""
+    return isinstance(policy, FullSync) or (isinstance(policy, BackupWorkers) and not policy.b)
+
+
 _POLICIES = {
     cls.__name__: cls for cls in (FullSync, BackupWorkers, Deadline, Elfving, OrderStatistics)
 }
