@@ -1,4 +1,4 @@
-"""Arrays in versioned .npz files: written in one go, and checked before anything is made of them."""
+"""Arrays in versioned .npz files, written in one go and checked before they are used."""
 
 import os
 import zipfile

@@ -136,8 +136,8 @@ def load(path: str | os.PathLike, num_workers: int | None = None) -> Trace:
     missing = [name for name in Trace._fields if name not in arrays]
     if missing:
         raise TraceError(
-            f"Expected {', '.join(Trace._fields)} in the file of a {_KIND}. Received: {str(path)!r} "
-            f"without {', '.join(missing)}. Record the trace again."
+            f"Expected {', '.join(Trace._fields)} in the file of a {_KIND}. "
+            f"Received: {str(path)!r} without {', '.join(missing)}. Record the trace again."
         )
     try:
         return checked(Trace(*(arrays[name] for name in Trace._fields)), num_workers)
@@ -170,6 +170,10 @@ class Recorder:
         """Forgets all rounds."""
         self._rounds.clear()
 
+    def last(self, count: int) -> list[RoundTimes]:
+        """Returns the newest rounds, no more than `count`, in their order."""
+        return list(self._rounds)[-count:]
+
     def trace(self) -> Trace:
         """Returns the rounds so far.
 
@@ -192,5 +196,6 @@ def _refuse(wrong: np.ndarray, values: np.ndarray, expected: str) -> None:
         place = f"round {first[0]}" + (f", worker {first[1]}" if len(first) > 1 else "")
         raise TraceError(
             f"Expected {expected}. Received: {values[tuple(first)]} in {place}. "
-            "NaN stands for a worker that was late or absent, for nothing else. Record the trace again."
+            "NaN stands for a worker that was late or absent, for nothing else. "
+            "Record the trace again."
         )
