@@ -173,12 +173,17 @@ def test_models_are_trained_between_two_rounds() -> None:
                     log.append((self.rounds, model))
                     return "used"
 
+                def training_failed(self, reason):
+                    log.append((self.rounds, "failed", reason))
+
             return Planner()
 
     simulate(heavy(6, 3), Learning())
     assert log == []
-    simulate(heavy(6, 3), Learning(), train=lambda request: f"seed {request.seed}")
-    assert log == [(3, "seed 7")]
+    simulate(heavy(6, 3), Learning(), train=lambda request: (request.seed,))
+    assert log == [(3, (7,))]
+    simulate(heavy(6, 3), Learning(), train=lambda request: "no model today")
+    assert log[1:] == [(3, "failed", "no model today")]
 
 
 def test_a_policy_that_fails_ends_the_simulation() -> None:

@@ -19,6 +19,7 @@ class Row(NamedTuple):
         oracle_ratio: The same, as a fraction of what the greedy oracle gives.
         contributions: The mean number of contributions per round.
         round_seconds: The mean length of a round.
+        rounds: How many rounds were measured.
         dropped: int64, [num_workers]. For how many rounds each worker was late.
         skipped: int64, [num_workers]. For how many it was still busy with an older one.
         reason: What the policy said of the last round.
@@ -29,9 +30,27 @@ class Row(NamedTuple):
     oracle_ratio: float
     contributions: float
     round_seconds: float
+    rounds: int
     dropped: np.ndarray
     skipped: np.ndarray
     reason: str
+
+    @property
+    def computed(self) -> int:
+        """How many parts the rounds have, one of each worker."""
+        return self.rounds * len(self.dropped)
+
+
+class Comparison(NamedTuple):
+    """What several policies gave.
+
+    Args:
+        rows: A row for each.
+        oracle_throughput: Contributions per second of the greedy oracle.
+    """
+
+    rows: list[Row]
+    oracle_throughput: float
 
 
 class Curve(NamedTuple):
@@ -57,8 +76,8 @@ def compare(
     late_workers_stay_busy: bool = False,
     first_round: int = 0,
     train: Trainer | None = None,
-) -> list[Row]:
-    """Returns a row for each policy.
+) -> Comparison:
+    """Returns what each policy gives, and what the oracle does.
 
     Args:
         seconds: float64, [rounds, num_workers]. How long each worker needs for each round.
@@ -73,7 +92,7 @@ def compare(
     for name, policy in policies.items():
         outcome = simulate(seconds, policy, busy, first_round, train)
         rows.append(_row(name, outcome, oracle.throughput))
-    return rows
+    return Comparison(rows, oracle.throughput)
 
 
 def sweep(seconds: np.ndarray, late_workers_stay_busy: bool = False, most: int = 40) -> Curve:
@@ -100,6 +119,7 @@ def _row(name: str, outcome: Outcome, oracle_throughput: float) -> Row:
         outcome.throughput / oracle_throughput,
         float(outcome.contributions.mean()),
         float(outcome.round_seconds.mean()),
+        len(outcome.round_seconds),
         outcome.dropped,
         outcome.skipped,
         outcome.reason,

@@ -32,8 +32,8 @@ class Foresight(Protocol):
         ...
 
 
-# Makes a run-time model of what a planner has recorded.
-Trainer = Callable[[TrainingRequest], "RunTimeModel"]
+# Makes a run-time model of what a planner has recorded, or says why it cannot.
+Trainer = Callable[[TrainingRequest], "RunTimeModel | str"]
 
 
 class Outcome(NamedTuple):
@@ -272,7 +272,8 @@ class _Job:
         planner.observe(times)
         request = planner.training_request() if self._train else None
         if request:
-            planner.accept(self._train(request))
+            model = self._train(request)
+            (planner.training_failed if isinstance(model, str) else planner.accept)(model)
 
     def _set_plan(self, run: int) -> None:
         if self._planner and run < len(self._seconds):

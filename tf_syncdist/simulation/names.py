@@ -10,6 +10,7 @@ from tf_syncdist.cutoff import (
     FullSync,
     OrderStatistics,
 )
+from tf_syncdist.cutoff.learned import LearnedCutoff
 from tf_syncdist.simulation.bounds import GreedyOracle
 from tf_syncdist.simulation.laws import positive_number
 
@@ -73,11 +74,18 @@ def _windowed(cls: type) -> Callable[[str | None, str], CutoffPolicy]:
     return make
 
 
+def _learned(value: str | None, text: str) -> CutoffPolicy:
+    if value == "":
+        raise ValueError(f"Expected learned:FILE with a file. Received: {text!r}.")
+    return LearnedCutoff() if value is None else LearnedCutoff.load(value)
+
+
 _POLICIES: dict[str, Callable[[str | None, str], CutoffPolicy]] = {
     "full": lambda value, text: FullSync(),
     "backup": _backup,
     "deadline": _deadline,
     "elfving": _windowed(Elfving),
     "order_statistics": _windowed(OrderStatistics),
+    "learned": _learned,
     "oracle": lambda value, text: GreedyOracle(),
 }
