@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tf_syncdist.cutoff import BackupWorkers
+from tf_syncdist.cutoff.replay import static_throughputs
 from tf_syncdist.simulation import bounds, laws
 from tf_syncdist.simulation.jobs import simulate
 
@@ -39,7 +40,7 @@ def test_f1_independent_workers_force_the_98th(seconds: np.ndarray) -> None:
 
 
 def test_f2_the_best_number_of_contributions(seconds: np.ndarray) -> None:
-    throughputs = bounds.static_throughputs(seconds)
+    throughputs = static_throughputs(seconds)
     at = {94: 57.85, 95: 57.87, 96: 57.58, 90: 56.8, 98: 51.4, 99: 39.5, 100: 21.0}
     for count, throughput in at.items():
         assert throughputs[count - 1] == pytest.approx(throughput, rel=0.01)
@@ -105,7 +106,7 @@ def test_f7_every_contribution_is_accounted_for(busy: bool) -> None:
 )
 def test_other_tails_for_contrast(name: str, count: int, gain: float) -> None:
     seconds = laws.law(name).sample(20_000, 100, np.random.default_rng(5))
-    throughputs = bounds.static_throughputs(seconds)
+    throughputs = static_throughputs(seconds)
     best = bounds.best_static(seconds)
     # Around the optimum the curve is flat.
     assert abs(best.count - count) <= 1

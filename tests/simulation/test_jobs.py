@@ -7,6 +7,7 @@ import pytest
 
 from tf_syncdist.cutoff import BackupWorkers, Deadline, Decision, FullSync, OrderStatistics
 from tf_syncdist.cutoff.planning import Plan, TrainingRequest
+from tf_syncdist.cutoff.replay import static_throughputs
 from tf_syncdist.simulation import bounds, laws
 from tf_syncdist.simulation.jobs import simulate
 
@@ -21,7 +22,7 @@ def test_a_job_with_backup_workers_gives_the_order_statistics_of_its_times(b: in
     seconds = heavy(50, 30)
     outcome = simulate(seconds, BackupWorkers(b))
     assert outcome.round_seconds == pytest.approx(np.sort(seconds, axis=1)[:, 29 - b])
-    assert outcome.throughput == pytest.approx(bounds.static_throughputs(seconds)[29 - b])
+    assert outcome.throughput == pytest.approx(static_throughputs(seconds)[29 - b])
     assert (outcome.contributions == 30 - b).all()
     assert outcome.dropped.sum() == 50 * b
     assert outcome.reason == f"the first {30 - b} of 30 are in"

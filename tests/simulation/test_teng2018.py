@@ -13,6 +13,7 @@ from tf_syncdist.cutoff import Decision, Elfving, Plan, RoundTimes, SliceView
 from tf_syncdist.cutoff.decisions import FrozenPolicy, close_as_planned
 from tf_syncdist.cutoff.elfving import normal_scores
 from tf_syncdist.cutoff.order_statistics import best_count
+from tf_syncdist.cutoff.replay import static_throughputs
 from tf_syncdist.simulation import bounds, laws
 from tf_syncdist.simulation.jobs import simulate
 
@@ -116,7 +117,7 @@ def test_f1_elfving_approximates_order_statistics() -> None:
 def test_f2_the_best_cut_of_normal_times(workers: int, cv: float, count: int, gain: float) -> None:
     rounds = 10_000 if workers < 1000 else 1000
     seconds = laws.Normal(cv).sample(rounds, workers, np.random.default_rng(2))
-    throughputs = bounds.static_throughputs(seconds)
+    throughputs = static_throughputs(seconds)
     best = bounds.best_static(seconds)
     # The optimum is flat: within a few workers there are a few parts of 10,000.
     assert best.count == pytest.approx(count, abs=max(1, 0.005 * workers))
@@ -134,7 +135,7 @@ def test_f2_the_best_cut_of_normal_times(workers: int, cv: float, count: int, ga
 def test_f3_policies_without_prediction(factor: float) -> None:
     seconds = regimes(factor)
     spread = SPREAD[factor]
-    throughputs = bounds.static_throughputs(seconds)
+    throughputs = static_throughputs(seconds)
     oracle = bounds.greedy_throughput(seconds)
     assert throughputs[-1] == pytest.approx(FULL[factor], rel=spread)
     assert throughputs[150] == pytest.approx(STATIC_151[factor], rel=spread)
@@ -155,14 +156,14 @@ def test_f3_elfving_collapses_where_times_have_two_modes() -> None:
     chosen fewer, as an approximation does that is used where it yields times around 0.
     """
     seconds = regimes(2.5)
-    throughputs = bounds.static_throughputs(seconds)
+    throughputs = static_throughputs(seconds)
     planner = Elfving(window=len(seconds)).planner(WORKERS)
     for row in seconds:
         planner.observe(RoundTimes(0, row, row.max(), np.ones(WORKERS, bool)))
     elfving = throughputs[planner.plan().count - 1]
     assert elfving < 0.95 * throughputs[-1]
     assert elfving < 0.80 * throughputs.max()
-    uniform = bounds.static_throughputs(regimes(1.0))
+    uniform = static_throughputs(regimes(1.0))
     assert uniform[Elfving().planner(WORKERS).plan().count - 1] > 0.98 * uniform.max()
 
 
@@ -175,10 +176,10 @@ def test_f3_prediction_with_truncated_imputation(factor: float, expected: float)
     assert oracle == pytest.approx(bounds.greedy_throughput(seconds), rel=1e-9)
     assert predicted / oracle == pytest.approx(expected / ORACLE[factor], abs=0.01)
     if factor == 1.0:
-        everything = (oracle, predicted, best, bounds.static_throughputs(seconds)[-1])
+        everything = (oracle, predicted, best, static_throughputs(seconds)[-1])
         assert max(everything) < 1.02 * min(everything)
     else:
-        assert oracle > predicted > best > bounds.static_throughputs(seconds)[-1]
+        assert oracle > predicted > best > static_throughputs(seconds)[-1]
 
 
 def test_f4_imputation_decides_everything() -> None:

@@ -13,6 +13,7 @@ from tf_syncdist.cutoff.decisions import (
     least_count,
 )
 from tf_syncdist.cutoff.order_statistics import best_count
+from tf_syncdist.cutoff.replay import oracle_throughput, static_throughputs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,11 +51,7 @@ def greedy_throughput(seconds: np.ndarray, min_fraction: float = 0.25) -> float:
         seconds: float64, [rounds, num_workers].
         min_fraction: No fewer than this fraction of the workers.
     """
-    least = least_count(min_fraction, seconds.shape[1])
-    ordered = (np.sort(row) for row in seconds)
-    rounds = [(count, row[count - 1]) for row in ordered if (count := best_count(row, least))]
-    contributions, lengths = np.sum(rounds, axis=0)
-    return float(contributions / lengths)
+    return oracle_throughput(seconds, least_count(min_fraction, seconds.shape[1]))
 
 
 class Static(NamedTuple):
@@ -67,24 +64,6 @@ class Static(NamedTuple):
 
     count: int
     throughput: float
-
-
-def static_throughputs(seconds: np.ndarray) -> np.ndarray:
-    """Returns the contributions per second of every fixed number of contributions.
-
-    This is what `BackupWorkers` gives where late workers begin the next round with the others.
-
-    Args:
-        seconds: float64, [rounds, num_workers].
-
-    Returns:
-        float64, [num_workers]; at c - 1 that of c contributions.
-    """
-    totals = np.zeros(seconds.shape[1])
-    # In blocks, as a sorted copy of everything may not fit.
-    for rows in np.array_split(seconds, max(1, seconds.size // 10_000_000)):
-        totals += np.sort(rows, axis=1).sum(axis=0)
-    return np.arange(1, seconds.shape[1] + 1) * len(seconds) / totals
 
 
 def best_static(seconds: np.ndarray) -> Static:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy
-from tf_syncdist.simulation.bounds import GreedyOracle, static_throughputs
+from tf_syncdist.cutoff.replay import static_throughputs
+from tf_syncdist.simulation.bounds import GreedyOracle
 from tf_syncdist.simulation.jobs import Outcome, Trainer, simulate
 
 
