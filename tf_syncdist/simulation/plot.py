@@ -49,7 +49,7 @@ def draw(
     left.barh(names[::-1], [row.throughput for row in rows][::-1], color="tab:blue")
     left.axvline(oracle_throughput, color="black", linestyle="--", label="oracle")
     left.set(xlabel="contributions per second", title=title)
-    left.legend(loc="lower right")
+    left.legend(loc="lower left")
     if swept:
         right.plot(swept.backup_workers, swept.throughputs, "-", label="backup:b")
         best = max(swept.throughputs)
