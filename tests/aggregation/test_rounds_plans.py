@@ -214,6 +214,14 @@ def test_a_plan_is_for_the_first_round_from_its_run_on() -> None:
     assert send(rounds, 1, run=2).closed
 
 
+def test_plans_do_not_pile_up_on_a_shard_without_slices() -> None:
+    rounds = Rounds(1, Planned(), follows=True)
+    for run in range(100):
+        rounds.set_plan(run, plan(1), 0.0)
+        assert rounds.plan == (run, plan(1))
+        rounds.finish(0, run, 1, Fate.CONTRIBUTED)
+
+
 @pytest.mark.parametrize("follows", [False, True])
 def test_a_round_does_not_wait_for_a_plan_that_is_still_being_made(follows: bool) -> None:
     rounds = Rounds(3, Planned(), follows=follows)

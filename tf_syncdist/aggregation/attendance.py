@@ -150,7 +150,9 @@ class Attendance:
             planner = policy.planner(hello.num_workers)
             is_planned = planner is not None
         except Exception as e:  # noqa: BLE001 - no policy is worth a job
-            rounds.cutoff.fail("begin to plan", e)
+            # The other shards do not need what is missing.
+            if is_first:
+                rounds.cutoff.fail("begin to plan", e)
         relay = CutoffRelay(
             policy, is_planned, rounds, self._streams, hello.num_shards, is_first, self._on_event
         )

@@ -54,9 +54,9 @@ class CutoffRelay:
         self._on_event = on_event
         self._choices = Choices()
         self._reasons = None if is_fixed(policy) else Reasons()
-        # For how many rounds plans were told, and whether it was said that the policy failed.
+        # For how many rounds plans were told, and to whom it was said that the policy failed.
         self._told = -1
-        self._is_reported = False
+        self._failure_logged = self._failure_told = False
 
     def ended(self, times: tuple[RoundTimes, ...]) -> None:
         """Takes note of rounds that are over."""
@@ -73,12 +73,8 @@ class CutoffRelay:
             closed: The slices.
             now: Time, in seconds.
         """
-        failure = self._rounds.cutoff.failure
-        if failure and not self._is_reported:
-            self._is_reported = True
-            text = f"full sync from now on, because the cutoff policy {failure}"
-            self._on_event(text)
-            self._streams.tell(0, pb.ToWorker(notice=pb.Notice(text=text)))
+        if self._rounds.cutoff.failure and not self._failure_told:
+            self._tell_failure()
         if self._tells_plans and self._told != self._rounds.rounds:
             self._tell_plan()
         if closed and self._reasons is not None:
@@ -137,6 +133,15 @@ class CutoffRelay:
         """Ends the planning. May be called twice; not with the job's lock held."""
         if self.planning is not None:
             self.planning.close()
+
+    def _tell_failure(self) -> None:
+        text = f"full sync from now on, because the cutoff policy {self._rounds.cutoff.failure}"
+        if not self._failure_logged:
+            self._failure_logged = True
+            self._on_event(text)
+        if 0 in self._streams:
+            self._failure_told = True
+            self._streams.tell(0, pb.ToWorker(notice=pb.Notice(text=text)))
 
     def _tell_plan(self) -> None:
         planned = self._rounds.plan

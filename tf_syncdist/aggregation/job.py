@@ -195,7 +195,7 @@ class Job(Attendance):
         call `ring`.
         """
         with self._lock:
-            if self._hello is None:
+            if self._hello is None or self._frozen or self._restoring is not None:
                 return most
             now = self._clock()
             self._sleeps_until = min(self._wake_at(), now + most)

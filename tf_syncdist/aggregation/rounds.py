@@ -395,16 +395,18 @@ class Rounds(KnownRounds):
 
     def _end_round(self, number: int) -> tuple[RoundTimes, ...]:
         """Takes note that a round is over; returns how long it took, if that is known."""
+        self._last_round = number
+        self._plans = {r: p for r, p in self._plans.items() if r > number}
         state = self._runs.get(number)
         if state is None:
+            # A shard need not have a slice of every exchange.
             return ()
+        if not self._follows:
+            self._plan_before = state.plan or self._plan_before
         timer, state.timer = state.timer, None
-        times = timer.times(number, state.slices, self.to_come(number))
-        self._last_round = number
         if timer.closed_at is not None:
             self._closed_at = timer.closed_at
-        self._plan_before = None if self._follows else state.plan or self._plan_before
-        self._plans = {r: p for r, p in self._plans.items() if r > number}
+        times = timer.times(number, state.slices, self.to_come(number))
         return () if times is None else (times,)
 
     def _count(self, worker: int, run: int, fate: Fate) -> None:

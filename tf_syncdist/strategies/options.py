@@ -5,7 +5,7 @@ import os
 import tensorflow as tf
 
 from tf_syncdist.cluster.roles import ClusterRole
-from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync, waits_for_all
+from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync, serialize, waits_for_all
 from tf_syncdist.observability.timeline import Timeline, task_path
 from tf_syncdist.propagation import (
     AutoPropagation,
@@ -25,7 +25,7 @@ def policy(backup_workers: int | None, cutoff: CutoffPolicy | None) -> CutoffPol
     """Returns the cutoff policy that one of two arguments stands for.
 
     Raises:
-        ValueError: If both are given.
+        ValueError: If both are given, or it is no policy of this package.
     """
     if cutoff is not None and backup_workers is not None:
         raise ValueError(
@@ -34,7 +34,7 @@ def policy(backup_workers: int | None, cutoff: CutoffPolicy | None) -> CutoffPol
             f"cutoff={cutoff}. Leave one of them out."
         )
     if cutoff is not None:
-        # Others are refused when they are serialized, in words that name those that there are.
+        serialize(cutoff)  # It has to be one that the service knows.
         return cutoff
     return BackupWorkers(backup_workers) if backup_workers is not None else FullSync()
 
@@ -129,7 +129,7 @@ def record_trace(path: str | None, role: ClusterRole) -> str:
     Raises:
         FileNotFoundError: If the file's directory does not exist.
     """
-    if path is None or not (role.task_index == 0 and (role.is_aggregator or not role.aggregators)):
+    if path is None or not _serves_first(role):
         return ""
     found = os.path.abspath(path)
     if not os.path.isdir(os.path.dirname(found)):
@@ -138,6 +138,21 @@ def record_trace(path: str | None, role: ClusterRole) -> str:
             f"Received: record_trace={path!r}. Make the directory first."
         )
     return found
+
+
+def check_planner(cutoff: CutoffPolicy, role: ClusterRole) -> None:
+    """Checks that a policy can plan, where its planner is going to be.
+
+    Raises:
+        RunTimeModelError: If the file of its model cannot be used.
+    """
+    if role.num_workers > 1 and _serves_first(role):
+        cutoff.planner(role.num_workers)
+
+
+def _serves_first(role: ClusterRole) -> bool:
+    """Returns whether the first process of the service is this one or its child."""
+    return role.task_index == 0 and (role.is_aggregator or not role.aggregators)
 
 
 def check_order(deterministic: bool, cutoff: CutoffPolicy) -> None:

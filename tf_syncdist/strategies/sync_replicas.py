@@ -177,6 +177,7 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
         self._aggregate = policy.replicas_to_aggregate(role.num_workers)
         options.check_faults(min_workers, detection_seconds, role.num_workers)
         options.check_order(deterministic, policy)
+        options.check_planner(policy, role)
         trace = options.record_trace(record_trace, role)
         self._role = role
         self._waits_for_all = waits_for_all(policy)
