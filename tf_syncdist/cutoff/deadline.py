@@ -15,15 +15,12 @@ from tf_syncdist.cutoff.decisions import (
 
 @dataclasses.dataclass(frozen=True)
 class Deadline(FrozenPolicy):
-    """Closes a round when it has lasted for some time, with all that are in by then.
-
-    A round begins when the one before is closed, or when the first worker begins to compute for it
-    if that is later. So the time is that of computing, sending and waiting together.
+    """Closes a round some time after its first contribution, with all that are in by then.
 
     Args:
-        seconds: How long a round lasts if not all are in earlier, above 0. Take the time in which
-            a worker that nothing delays is in; raise it if the report counts workers as late that
-            are not slow, and whenever batches or the model grow.
+        seconds: How long a round waits after the first contribution to it, above 0. Take the time
+            by which the slower one of two usual workers is behind; raise it if the report counts
+            workers as late that should not be.
         min_fraction: With fewer than this fraction of the workers no round closes, however long
             that takes; above 0 and at most 1. Default 0.5. Lower it if more than half of the
             workers may be slow at the same time.

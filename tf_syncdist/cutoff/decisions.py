@@ -13,9 +13,7 @@ class SliceView(NamedTuple):
 
     Args:
         now: Time of the decision, in seconds of the service's monotonic clock.
-        opened_at: When the round began, on the same clock: when the one before was closed or, if
-            all that have been heard of began later, when the first of them did. It may yet turn
-            out to be earlier.
+        opened_at: Time of the round's first arrival, on the same clock.
         contributions: How many contributions the slice has.
         possible: How many it can have at most, now that some workers may have left.
         num_workers: How many workers the job was started with.
@@ -97,12 +95,12 @@ def close_after(count: int, view: SliceView) -> Decision:
         count: How many, 1 to workers.
         view: The slice.
     """
-    needed = max(1, min(count, view.possible))
-    if view.contributions >= needed:
-        if needed < count:
-            return Decision(True, None, f"only {needed} of {count} workers are left to wait for")
-        return Decision(True, None, f"the first {needed} of {view.num_workers} are in")
-    return Decision(False, None, f"{view.contributions} of {needed} contributions")
+    needed = min(count, view.possible)
+    if view.contributions < needed or not view.contributions:
+        return Decision(False, None, f"{view.contributions} of {needed} contributions")
+    if needed < count:
+        return Decision(True, None, f"only {needed} of {count} workers are left to wait for")
+    return Decision(True, None, f"the first {needed} of {view.num_workers} are in")
 
 
 def close_as_planned(view: SliceView, min_fraction: float) -> Decision:

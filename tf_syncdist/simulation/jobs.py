@@ -1,13 +1,18 @@
-"""A job without machines: run-times go in, and the rounds that a service would have had come out."""
+"""A job without machines: run-times go in, the rounds that a service would have come out."""
 
 import math
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from tf_syncdist.aggregation.records import Closed, Fate, SliceKey, SliceSpec
 from tf_syncdist.aggregation.rounds import Rounds
-from tf_syncdist.cutoff import CutoffPolicy, Plan, Planner
+from tf_syncdist.cutoff import CutoffPolicy, Plan, Planner, RoundTimes
+from tf_syncdist.cutoff.planning import TrainingRequest
+
+if TYPE_CHECKING:
+    from tf_syncdist.cutoff.models import RunTimeModel
 
 # All values of a worker arrive at once.
 _SPEC = SliceSpec(num_slices=1, dtype="float32", elements=1, layout=0)
@@ -27,6 +32,10 @@ class Foresight(Protocol):
         ...
 
 
+# Makes a run-time model of what a planner has recorded, or says why it cannot.
+Trainer = Callable[[TrainingRequest], "RunTimeModel | str"]
+
+
 class Outcome(NamedTuple):
     """What a simulated job did.
 
@@ -35,7 +44,7 @@ class Outcome(NamedTuple):
         round_seconds: float64, [rounds]. How long each round lasted.
         contributed: int64, [num_workers]. For how many rounds each worker's values were used.
         dropped: int64, [num_workers]. For how many it computed and was late.
-        skipped: int64, [num_workers]. For how many it did not compute, being busy with an older one.
+        skipped: int64, [num_workers]. For how many it did not compute, busy with an older one.
         reason: What the policy said when the last round was closed.
     """
 
@@ -51,19 +60,13 @@ class Outcome(NamedTuple):
         """Contributions per second."""
         return float(self.contributions.sum() / self.round_seconds.sum())
 
-    def throughput_between(self, begin: int, end: int | None = None) -> float:
-        """Returns the contributions per second of some of the rounds.
-
-        Args:
-            begin: The first of them.
-            end: The first one after them; `None` for all that follow.
-        """
-        part = slice(begin, end)
-        return float(self.contributions[part].sum() / self.round_seconds[part].sum())
-
 
 def simulate(
-    seconds: np.ndarray, policy: CutoffPolicy, late_workers_stay_busy: bool = False
+    seconds: np.ndarray,
+    policy: CutoffPolicy,
+    late_workers_stay_busy: bool = False,
+    first_round: int = 0,
+    train: Trainer | None = None,
 ) -> Outcome:
     """Runs a job whose workers take known times.
 
@@ -73,6 +76,10 @@ def simulate(
         late_workers_stay_busy: Whether a late worker computes on to the end, as a real one does,
             and takes part again in the round that is open then. By default it begins the next
             round together with the others, which is what most of the literature computes.
+        first_round: The outcome is that of the rounds from this one on. The ones before it only
+            teach the policy.
+        train: Trains the run-time models that the policy asks for, between two rounds. Without it
+            none is trained.
 
     Returns:
         An `Outcome`.
@@ -90,9 +97,15 @@ def simulate(
     (1.0, [0, 0, 10])
     >>> outcome = simulate(np.array([[1.0, 2.0, 9.0]] * 10), BackupWorkers(1), True)
     >>> outcome.dropped.tolist(), outcome.skipped.tolist()
-    ([0, 0, 2], [0, 0, 7])
+    ([0, 0, 2], [0, 0, 6])
     """
-    return _Job(checked(seconds), policy, late_workers_stay_busy).run()
+    seconds = checked(seconds)
+    if not 0 <= first_round < len(seconds):
+        raise ValueError(
+            f"Expected `first_round` to be one of the {len(seconds)} rounds. "
+            f"Received: first_round={first_round}."
+        )
+    return _Job(seconds, policy, late_workers_stay_busy, train).run(first_round)
 
 
 def checked(seconds: np.ndarray) -> np.ndarray:
@@ -123,12 +136,15 @@ class _Job:
     A worker is *busy* while it computes for a round that is over.
     """
 
-    def __init__(self, seconds: np.ndarray, policy: CutoffPolicy, stay_busy: bool) -> None:
+    def __init__(
+        self, seconds: np.ndarray, policy: CutoffPolicy, stay_busy: bool, train: Trainer | None
+    ) -> None:
         self._seconds = seconds
         self._stay_busy = stay_busy
         num_rounds, num_workers = seconds.shape
         self._rounds = Rounds(num_workers, policy)
         self._planner: Planner | None = policy.planner(num_workers)
+        self._train = train if hasattr(self._planner, "training_request") else None
         self._foresight = policy if isinstance(policy, Foresight) else None
         self._now = 0.0
         self._closed_at = 0.0
@@ -139,17 +155,27 @@ class _Job:
         self._lengths = np.zeros(num_rounds)
         self._reason = ""
 
-    def run(self) -> Outcome:
-        """Runs all rounds."""
+    def run(self, first_round: int) -> Outcome:
+        """Runs all rounds and returns what came of those from one on."""
         self._set_plan(0)
         for run in range(len(self._seconds)):
+            if run == first_round:
+                before = self._fates()
             self._round(run)
-        counts = self._rounds.counts
-        fates = np.array([list(c.fates.values()) for c in counts]).T
-        contributed, late, replayed, _ = dict(zip(Fate, fates, strict=True)).values()
+        contributed, late, replayed, _ = self._fates() - before
+        measured = slice(first_round, None)
         return Outcome(
-            self._contributions, self._lengths, contributed, late, replayed, self._reason
+            self._contributions[measured],
+            self._lengths[measured],
+            contributed,
+            late,
+            replayed,
+            self._reason,
         )
+
+    def _fates(self) -> np.ndarray:
+        """Returns how often each `Fate`, in their order, has been that of each worker."""
+        return np.array([[c.fates[fate] for c in self._rounds.counts] for fate in Fate])
 
     def _round(self, run: int) -> None:
         busy = np.flatnonzero(self._busy_with >= 0)
@@ -228,8 +254,7 @@ class _Job:
         finish = self._rounds.finish
         for worker in contributors:
             for times in finish(worker, run, 1, Fate.CONTRIBUTED).times:
-                if self._planner:
-                    self._planner.observe(times)
+                self._observe(times)
         late = self._busy_with < 0
         late[list(contributors)] = False
         if self._stay_busy:
@@ -239,6 +264,16 @@ class _Job:
             for worker in np.flatnonzero(late).tolist():
                 finish(worker, run, 1, Fate.LATE)
         self._set_plan(run + 1)
+
+    def _observe(self, times: RoundTimes) -> None:
+        planner = self._planner
+        if planner is None:
+            return
+        planner.observe(times)
+        request = planner.training_request() if self._train else None
+        if request:
+            model = self._train(request)
+            (planner.training_failed if isinstance(model, str) else planner.accept)(model)
 
     def _set_plan(self, run: int) -> None:
         if self._planner and run < len(self._seconds):
