@@ -1,5 +1,7 @@
 """Cutoffs that are planned or timed, over real sockets."""
 
+import functools
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tf_syncdist import cutoff
+from tf_syncdist.aggregation import training
 from tf_syncdist.cutoff import CutoffPolicy, Deadline, OrderStatistics, traces
 from tf_syncdist.cutoff.order_statistics import OrderStatisticsPlanner
 from tf_syncdist.errors import ServiceError
@@ -193,6 +196,23 @@ def test_the_first_shard_records_how_long_workers_take(serve: Serve, tmp_path: P
     # The first run waits for variables. The third worker is only ever in time if it replays.
     assert (trace.seconds[1:, 0] < trace.seconds[1:, 1]).all()
     assert (trace.seconds[1:, 1] >= 0.05).all() and (trace.closed_seconds[1:] < 0.25).all()
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_beside_the_job(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = (sys.executable, "-m", "tf_syncdist.train_cutoff", "--steps=20")
+    quick = functools.partial(training.Training, command=command)
+    monkeypatch.setattr("tf_syncdist.aggregation.planning.Training", quick)
+    service = start(serve, cutoff.LearnedCutoff(warmup_rounds=100))
+    workers = service.workers()
+    train(service, workers, [0.005, 0.005, 0.02], 110)
+    assert "a model of the workers' run-times is being trained" in service.events
+    deadline = time.monotonic() + 150
+    while not (found := [e for e in service.events if "run-times is trained" in e]):
+        assert time.monotonic() < deadline
+        train(service, workers, [0.02, 0.02, 0.04], 20)
+    assert "on held-out rounds it gives" in found[0]
+    assert not service.notices[0], service.notices[0]
 
 
 @pytest.mark.parametrize("policy", [Deadline(1.0), OrderStatistics(), cutoff.BackupWorkers(1)])
