@@ -1,0 +1,1 @@
+"""Training of the run-time models that `LearnedCutoff` uses. Only this imports TensorFlow for them."""
