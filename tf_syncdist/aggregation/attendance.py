@@ -8,6 +8,7 @@ from collections.abc import Callable
 from tf_syncdist import cutoff
 from tf_syncdist.aggregation import waits
 from tf_syncdist.aggregation.admission import invalid
+from tf_syncdist.aggregation.centre import Centre
 from tf_syncdist.aggregation.delivery import WINDOW_RUNS, Delivery
 from tf_syncdist.aggregation.end_relay import EndRelay
 from tf_syncdist.aggregation.gather_relay import GatherRelay
@@ -17,10 +18,12 @@ from tf_syncdist.aggregation.membership import Members
 from tf_syncdist.aggregation.memory import ResultMemory, WorkerMemory
 from tf_syncdist.aggregation.outbox import Outbox, Streams
 from tf_syncdist.aggregation.records import Closed
+from tf_syncdist.aggregation.recovery import GRACE_SECONDS
 from tf_syncdist.aggregation.relays import StateRelay
 from tf_syncdist.aggregation.restoring import Restoring
 from tf_syncdist.aggregation.rounds import Rounds
 from tf_syncdist.aggregation.withheld import Withheld
+from tf_syncdist.mixing import centre_policies
 from tf_syncdist.propagation.queue import Acknowledging
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport.segments import host_id
@@ -56,6 +59,11 @@ class Attendance:
         self._host = host_id()
         self._present: set[int] = set()
         self._alone_since: float | None = None
+        self._begun_at = 0.0
+        # Where workers serve their own models.
+        self._serves: dict[int, str] = {}
+        # With which workers mix their models, if they do.
+        self._centre: Centre | None = None
         # Whether all workers have come; from then on, those that come join a job in progress.
         self._started = False
         self._frozen = False
@@ -74,6 +82,7 @@ class Attendance:
     def _start(self, hello: pb.Hello) -> None:
         try:
             policy = cutoff.deserialize(hello.cutoff)
+            mixes = centre_policies.deserialize(hello.centre) if hello.centre else None
             rounds = Rounds(
                 hello.num_workers,
                 policy,
@@ -124,6 +133,16 @@ class Attendance:
         self._members = Members(hello.num_workers, hello.detection_seconds)
         self._waits = waits.Waits()
         self._present = set(range(hello.num_workers))
+        self._begun_at = self._clock()
+        if mixes is not None:
+            self._centre = Centre(
+                mixes,
+                hello.num_workers,
+                self._streams,
+                lambda: self._present,
+                self._on_event,
+                self._worker_bytes,
+            )
         self._hello = hello
 
     def _givers(self) -> set[int]:
@@ -149,6 +168,8 @@ class Attendance:
                 return
             self._started = True
             workers = list(self._streams)
+            if self._centre is not None:
+                self._centre.go_on()
         if self._restoring is not None:
             return
         for one in workers:
@@ -174,6 +195,8 @@ class Attendance:
         self._on_event("workers know a job that was in progress; collecting what they have")
         self._restoring = Restoring(now, self._streams)
         self._started = True
+        if self._centre is not None:
+            self._centre.hold()
         for worker in self._streams:
             self._restoring.add(worker, None, now)
 
@@ -198,6 +221,14 @@ class Attendance:
         self._on_event(f"going on with the job in round {self._rounds.runs_over}: {restored}")
         for worker in self._streams:
             self._tell_started(worker)
+        if self._centre is not None:
+            self._centre.go_on({w: s.centre_version for w, s in found.standings.items()})
+
+    def _look_at_centre(self, now: float) -> None:
+        """Does without the workers that have not come in time, which may have a newer centre."""
+        if self._centre is not None and self._restoring is None:
+            if now - self._begun_at > GRACE_SECONDS:
+                self._centre.go_on()
 
     def _is_void(self, standing: pb.Standing) -> bool:
         """Returns whether a worker that was not there then may have what was computed anew."""
@@ -251,6 +282,8 @@ class Attendance:
     def _leave(self, worker: int, for_good: bool) -> None:
         self._present.discard(worker)
         self._ends.leave(worker)
+        if self._centre is not None:
+            self._centre.leave(worker)
         if for_good:
             self._delivery.leave(worker)
         closed = self._rounds.leave(worker, self._clock(), for_good)
@@ -281,7 +314,12 @@ class Attendance:
 
     def _tell_members(self) -> None:
         members = sorted(self._present & self._members.here)
-        self._streams.tell_all(pb.ToWorker(members=pb.Members(workers=members)))
+        told = pb.Members(workers=members)
+        if any(self._serves.values()):
+            told.done.extend(sorted(self._members.here.intersection(self._streams) - set(members)))
+            told.addresses.extend(self._serves.get(w, "") for w in told.workers)
+            told.addresses_of_done.extend(self._serves.get(w, "") for w in told.done)
+        self._streams.tell_all(pb.ToWorker(members=told))
 
     def _close(self, closed: tuple[Closed, ...]) -> None:
         """Closes slices, after something that may also have changed whose turn it is."""

@@ -5,6 +5,7 @@ import grpc
 from tf_syncdist.aggregation import admission, contributions, counters
 from tf_syncdist.aggregation.admission import invalid
 from tf_syncdist.aggregation.attendance import Attendance
+from tf_syncdist.aggregation.centre import values_of
 from tf_syncdist.aggregation.membership import NotAdmitted
 from tf_syncdist.aggregation.memory import WorkerMemory
 from tf_syncdist.aggregation.outbox import Outbox, Refused
@@ -62,6 +63,9 @@ class Job(Attendance):
             )
             self._acknowledging[worker] = Acknowledging(hello.credit_bytes)
             self._quotas.begin(worker)
+            if self._centre is not None:
+                self._centre.reopen(worker)
+            self._serves[worker] = hello.serves
             self._memories[worker] = WorkerMemory()
             self._on_event(f"worker {worker} joined ({len(self._streams)} of {hello.num_workers})")
             if self._restoring is not None:
@@ -99,6 +103,8 @@ class Job(Attendance):
             self._quotas.check(worker, body, header, payload.nbytes)
             if body == "contribution":
                 self._receive(worker, header.contribution, payload, outbox)
+            elif body == "centre_request":
+                self._mix(worker, header.centre_request, payload, outbox)
             else:
                 # What follows a contribution may be about it.
                 self._inbox.wait_for(outbox)
@@ -168,8 +174,10 @@ class Job(Attendance):
                 self._close(self._rounds.tick(now))
                 self._gathers.close(now)
                 self._relay.tick(now)
+            self._look_at_centre(now)
+            centre = self._centre.waits() if self._centre is not None else ()
             for text in self._waits.due(
-                self._rounds, self._relay.waiting_for(), self._members, now
+                self._rounds, self._relay.waiting_for(), self._members, now, centre
             ):
                 self._streams.tell_all(pb.ToWorker(notice=pb.Notice(text=text)))
             # Workers that never came, or died before they could, must not keep the service.
@@ -183,7 +191,10 @@ class Job(Attendance):
         with self._lock:
             if self._hello is None:
                 return pb.ReportReply()
-            return counters.reply(self._rounds)
+            reply = counters.reply(self._rounds)
+            if self._centre is not None:
+                self._centre.report(reply)
+            return reply
 
     # Messages.
 
@@ -268,6 +279,33 @@ class Job(Attendance):
                     self._turned.notify_all()
         if self._hello.credit_bytes:
             self._acknowledge(worker, spec)
+
+    def _on_centre_open(self, worker: int, message: pb.CentreOpen, *_: object) -> None:
+        if self._centre is None:
+            raise invalid(f"Expected a job with a centre. Received: worker {worker} asks for one.")
+        self._centre.open(worker, message)
+
+    def _mix(
+        self, worker: int, request: pb.CentreRequest, payload: memoryview, outbox: Outbox | None
+    ) -> None:
+        """Serves a request about the centre; copying values does not hold the lock."""
+        with self._lock:
+            if not self._is_stream(worker, outbox):
+                return
+            self._hear(worker)
+            if self._centre is None:
+                raise invalid(
+                    f"Expected a job with a centre. Received: worker {worker} asks for one."
+                )
+            values = values_of(request, payload, self._memories.get(worker), worker)
+            if request.action == pb.CENTRE_GIVE:
+                self._centre.give(worker, request, values)
+                return
+            part = self._centre.claim(worker, request)
+        answer = part.serve(worker, request, values)
+        with self._lock:
+            if self._is_stream(worker, outbox):
+                self._streams[worker].put(answer)
 
     def _acknowledge(self, worker: int, spec: SliceSpec) -> None:
         """Lets a worker send more."""

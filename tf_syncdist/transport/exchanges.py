@@ -135,7 +135,7 @@ class Exchanging(Link):
                 located.CopyFrom(header)
                 located.location.segment, data = lent
                 located.location.offset = part.offset
-                _copy_in(part, flat, data[part.offset : part.offset + part.nbytes])
+                copy_in(part, flat, data[part.offset : part.offset + part.nbytes])
                 message = wire.encode(pb.ToAggregator(contribution=located))
             with self._changed:
                 urgency = Urgency(run, exchange, part.priority)
@@ -169,7 +169,7 @@ class Exchanging(Link):
                 return None
         keep_freed_memory()
         frame: wire.Frame[pb.ToAggregator] = wire.Frame(part.nbytes)
-        _copy_in(part, flat, frame.payload)
+        copy_in(part, flat, frame.payload)
         return frame.seal(pb.ToAggregator(contribution=header))
 
     def _table(
@@ -285,7 +285,7 @@ class Exchanging(Link):
                         "run the same program with the same versions."
                     )
                 else:
-                    _copy_out(part, payload, flat)
+                    copy_out(part, payload, flat)
                 used += self.config.worker in contributors
         with self._changed:
             if parts is not None:
@@ -467,7 +467,7 @@ def _run_finished(run: int, exchanges: int, fate: int, nonfinite: bool) -> pb.To
     return pb.ToAggregator(run_finished=body)
 
 
-def _copy_in(part: Slice, flat: Mapping[int, np.ndarray], data: np.ndarray) -> None:
+def copy_in(part: Slice, flat: Mapping[int, np.ndarray], data: np.ndarray) -> None:
     """Writes a slice of some tensors into bytes."""
     start = 0
     for tensor, first, stop in part.pieces:
@@ -476,7 +476,7 @@ def _copy_in(part: Slice, flat: Mapping[int, np.ndarray], data: np.ndarray) -> N
         start += piece.nbytes
 
 
-def _copy_out(part: Slice, payload: memoryview, flat: Sequence[np.ndarray]) -> None:
+def copy_out(part: Slice, payload: memoryview, flat: Sequence[np.ndarray]) -> None:
     """Writes the bytes of a slice into tensors."""
     data = np.frombuffer(payload, np.uint8)
     start = 0

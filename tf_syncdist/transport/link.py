@@ -62,6 +62,9 @@ class SessionConfig(NamedTuple):
         runs_ahead: By how many runs this worker may be ahead of the last one it has finished.
         limit_gbps: How much may pass in each direction; 0 for no limit.
         timeline: Where it is recorded what slices do.
+        centre: How the service mixes models with a centre that it holds, serialized; empty if it
+            holds none.
+        serves: "host:port" at which this worker serves its own model; empty if it does not.
     """
 
     addresses: tuple[str, ...]
@@ -83,6 +86,8 @@ class SessionConfig(NamedTuple):
     runs_ahead: int = 0
     limit_gbps: float = 0.0
     timeline: Timeline | None = None
+    centre: str = ""
+    serves: str = ""
 
 
 class Link:
@@ -118,6 +123,7 @@ class Link:
         self._down_since: list[float | None] = [None for _ in config.addresses]
         self._leaving = False
         self._members: tuple[int, ...] = ()
+        self._served_at: tuple[dict[int, str], dict[int, str]] = ({}, {})
         self._heartbeats: list[Heartbeat] = []
         self._lending: list[Lending | None] = [None for _ in config.addresses]
         self._opened = [Opened() for _ in config.addresses]
@@ -129,6 +135,12 @@ class Link:
     def report(self) -> pb.ReportReply:
         """Asks the first shard for the job's counters."""
         return self._connections[0].report()
+
+    @property
+    def served_at(self) -> tuple[dict[int, str], dict[int, str]]:
+        """Where workers serve their models: those that take part, and those that are done."""
+        with self._changed:
+            return self._served_at
 
     @property
     def has_failed(self) -> bool:
@@ -242,6 +254,8 @@ class Link:
             propagation=config.propagation,
             credit_bytes=config.credit_bytes,
             runs_ahead=config.runs_ahead,
+            centre=config.centre,
+            serves=config.serves,
         )
         welcome = self._welcomes[shard]
         if welcome is not None:
@@ -345,6 +359,10 @@ class Link:
     def _on_members(self, shard: int, message: pb.Members, *_: object) -> None:
         if not shard:
             self._members = tuple(message.workers)
+            self._served_at = (
+                dict(zip(message.workers, message.addresses, strict=False)),
+                dict(zip(message.done, message.addresses_of_done, strict=False)),
+            )
 
     # How.
 
