@@ -5,10 +5,12 @@ The rules work on flat arrays, in place, and part by part, so that a part stays 
 
 import dataclasses
 import json
-import math
 from typing import Any, Protocol
 
 import numpy as np
+
+from tf_syncdist.mixing import elastic, parameter_server
+from tf_syncdist.mixing.parameter_server import Served
 
 _CHUNK = 1 << 15
 
@@ -73,14 +75,11 @@ class ElasticCentre:
 
     def mix(self, centre: np.ndarray, received: np.ndarray, reply: np.ndarray) -> None:
         """Lets the centre take in a model; see `CentrePolicy`."""
-        rate = centre.dtype.type(self.moving_rate)
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, centre.size, _CHUNK):
                 own = centre[start : start + _CHUNK]
                 reply[start : start + _CHUNK] = own
-                difference = received[start : start + _CHUNK] - own
-                difference *= rate
-                own += difference
+                own += elastic.difference(received[start : start + _CHUNK], own, self.moving_rate)
 
     def get_config(self) -> dict[str, Any]:
         """Returns the arguments that recreate the policy."""
@@ -123,14 +122,15 @@ class AsyncCentre:
 
     def admits(self, staleness: int) -> bool:
         """Returns whether a difference of this staleness is added."""
-        return staleness <= (math.inf if self.max_staleness is None else self.max_staleness)
+        return parameter_server.accepts(Served(None, staleness), 0, self.max_staleness)
 
     def mix(self, centre: np.ndarray, received: np.ndarray, reply: np.ndarray) -> None:
         """Lets the centre take in a difference; see `CentrePolicy`."""
         with np.errstate(over="ignore", invalid="ignore"):
             for start in range(0, centre.size, _CHUNK):
                 own = centre[start : start + _CHUNK]
-                own += received[start : start + _CHUNK]
+                part = received[start : start + _CHUNK]
+                own[...] = parameter_server.pushed(Served(own), part).model
                 reply[start : start + _CHUNK] = own
 
     def get_config(self) -> dict[str, Any]:

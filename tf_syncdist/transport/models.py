@@ -57,9 +57,7 @@ class ModelFormat:
 
     def pull_request(self) -> bytes:
         """Returns the request for another worker's model."""
-        request = pb.PullRequest(
-            job_seed=self._job_seed, worker=self._worker, layout=self.layout
-        )
+        request = pb.PullRequest(job_seed=self._job_seed, worker=self._worker, layout=self.layout)
         return wire.encode(pb.ToPeer(pull=request))
 
     def write(self, model: Model) -> tuple[bytes, ...]:
