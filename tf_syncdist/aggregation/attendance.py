@@ -165,6 +165,9 @@ class Attendance:
         workers = [worker]
         if not self._started:
             if len(self._members.have_come) < self._hello.num_workers:
+                if self._serves[worker]:
+                    # Workers that mix with one another begin without those that have not come.
+                    self._tell_members()
                 return
             self._started = True
             workers = list(self._streams)
@@ -172,6 +175,8 @@ class Attendance:
                 self._centre.go_on()
         if self._restoring is not None:
             return
+        # Who is told that all have come is to know already who they are.
+        self._tell_members()
         for one in workers:
             run = self._rounds.position(one)
             started = pb.Started(
@@ -179,7 +184,6 @@ class Attendance:
             )
             started.epoch.CopyFrom(self._epoch)
             self._streams.tell(one, pb.ToWorker(started=started))
-        self._tell_members()
 
     def _catch_up(self, worker: int) -> None:
         """Tells a worker that comes late what the others have been told and it may wait for."""

@@ -29,7 +29,6 @@ _PUSHES = 2
 _MOST_SECONDS = 3600.0
 
 _NOT_OURS = "call that no correct worker makes"
-_NOT_YET = "Expected a worker that trains already. Received: a call before that. Try again later."
 
 _OPTIONS = (
     *wire.CHANNEL_OPTIONS,
@@ -168,7 +167,7 @@ class PeerServer:
             seed, models = self._job_seed, self._format
             has_model, step = self._published is not None, self._step
         if models is None:
-            context.abort(grpc.StatusCode.UNAVAILABLE, _NOT_YET)
+            return pb.GreetReply(worker=self._worker)
         if greeting.job_seed != seed:
             self._refuse(
                 context,
@@ -182,6 +181,8 @@ class PeerServer:
 
     def _pull(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
         models = self._begun(context)
+        if models is None:
+            return
         try:
             header, _ = wire.decode(pb.ToPeer, request)
             if header.WhichOneof("body") != "pull":
@@ -197,6 +198,8 @@ class PeerServer:
 
     def _push(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> pb.PushReply:
         models = self._begun(context)
+        if models is None:
+            return pb.PushReply()
         if not self._pushes.acquire(timeout=context.time_remaining()):
             context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "Too many push at the same time.")
         try:
@@ -216,17 +219,15 @@ class PeerServer:
             self._pushed = Pushed(inboxes, self._pushed.count + 1)
             return self._pushed.count
 
-    def _begun(self, context: grpc.ServicerContext) -> ModelFormat:
+    def _begun(self, context: grpc.ServicerContext) -> ModelFormat | None:
+        """Returns what models look like; `None` if this worker does not train yet."""
         remaining = context.time_remaining()
         if remaining is None or remaining > _MOST_SECONDS:
             self._refuse(
                 context, f"Expected a deadline of at most {_MOST_SECONDS:g} s. Received: none."
             )
         with self._lock:
-            models = self._format
-        if models is None:
-            context.abort(grpc.StatusCode.UNAVAILABLE, _NOT_YET)
-        return models
+            return self._format
 
     def _refuse(self, context: grpc.ServicerContext, details: str) -> NoReturn:
         self._refusals.add(_NOT_OURS, details)

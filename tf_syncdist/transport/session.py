@@ -48,6 +48,12 @@ class Session(Ending, Gathering, StateTransfer, CentreExchanging):
             self._wait(lambda: self._started is not None, "all workers to come")
             return self._started
 
+    def has_started(self) -> bool:
+        """Returns whether all workers have come, or the job was in progress already."""
+        with self._changed:
+            self._check()
+            return self._started is not None
+
     def goodbye(self, reason: int, run: int) -> None:
         """Tells the service that this worker does no more runs."""
         with self._changed:
