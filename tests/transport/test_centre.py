@@ -33,7 +33,7 @@ def opened(service: object, sessions: Sequence[Session], way: Plan) -> list[list
     """Lets all workers begin with the centre, and returns what each was given."""
 
     def begin(session: Session) -> list[np.ndarray]:
-        given = session.open_centre(SPECS, way, model(session.config.worker))
+        given, _ = session.open_centre(SPECS, way, model(session.config.worker))
         return [v.copy() for v in given]
 
     return service.together(*(functools.partial(begin, s) for s in sessions))
@@ -158,7 +158,7 @@ def test_who_comes_late_begins_with_the_centre(serve: Serve) -> None:
     one = [np.ones_like(v) for v in model(0)]
     early[1].mix(one)
     late = service.session(2)
-    assert same(late.open_centre(SPECS, cut(), model(2)), [v + 1 for v in model(0)])
+    assert same(late.open_centre(SPECS, cut(), model(2))[0], [v + 1 for v in model(0)])
 
 
 def test_a_new_process_begins_with_the_centre(serve: Serve) -> None:
@@ -172,7 +172,7 @@ def test_a_new_process_begins_with_the_centre(serve: Serve) -> None:
     sessions[1].mix(one)
     again = service.session(0)
     # Worker 0's own variables are the centre at the start only.
-    assert same(again.open_centre(SPECS, cut(), model(7)), [v + 1 + 1 for v in model(0)])
+    assert same(again.open_centre(SPECS, cut(), model(7))[0], [v + 1 + 1 for v in model(0)])
     assert again.mix(one)[1].staleness == 0
 
 
@@ -261,6 +261,43 @@ def test_other_variables_are_an_error_that_names_the_first(serve: Serve) -> None
         second.open_centre(other, way, values)
     # The other one goes on.
     first.mix(model(0))
+
+
+def test_every_training_has_a_centre_that_its_first_worker_gives(serve: Serve) -> None:
+    service = serve(2, shards=2, centre=serialize(AsyncCentre()))
+    first, second = service.sessions()
+    way = cut(2)
+    opened(service, [first, second], way)
+    one = [np.ones_like(v) for v in model(0)]
+    first.mix(one)
+    # Worker 1 goes on to the next training, of other variables, and does not wait for worker 0.
+    other = [("w", "float32", (6,))]
+    cut_anew = plan([TensorSpec("float32", (6,))], 8, 2)
+    begun, _ = second.open_centre(other, cut_anew, [np.full(6, 3, "f4")], fit=1)
+    assert same(begun, [np.full(6, 3, "f4")])
+    second.mix([np.ones(6, "f4")])
+    assert first.mix(one)[1].staleness == 0
+    model_bytes = sum(v.nbytes for v in model(0))
+    reply = [s.job.report().centre_bytes for s in service.servers]
+    assert sum(reply) == model_bytes + 24
+    joined, _ = first.open_centre(other, cut_anew, [np.zeros(6, "f4")], fit=1)
+    assert same(joined, [np.full(6, 4, "f4")])
+    # Nobody is at the first one any more.
+    assert sum(s.job.report().centre_bytes for s in service.servers) == 24
+
+
+def test_who_has_missed_what_a_program_wrote_is_given_the_newest(serve: Serve) -> None:
+    service = serve(2, centre=serialize(AsyncCentre()), detection_seconds=0.5)
+    sessions = service.sessions()
+    opened(service, sessions, cut())
+    for session in sessions:
+        written, revision = session.open_centre(SPECS, cut(), model(5), revision=2)
+        assert same(written, model(5)) and revision == 2
+    sessions[0].close()
+    service.until(lambda: any("is gone" in n for n in service.notices[1]))
+    again = service.session(0)
+    found, revision = again.open_centre(SPECS, cut(), model(0), revision=0)
+    assert same(found, model(5)) and revision == 2
 
 
 def test_workers_must_want_the_same_rule(serve: Serve) -> None:

@@ -82,7 +82,8 @@ def test_job_refuses_or_does_what_it_is_told(
                 assert 10 < len(e.details) < 2000
                 job.lost(worker, "it was refused")
         job.tick()
-    assert job.report().centre_bytes <= 4 * 8
+    # Each worker may be at a centre of its own.
+    assert job.report().centre_bytes <= 4 * 4 * 8
     for worker, outbox in enumerate(outboxes):
         job.lost(worker, "the test is over")
         try:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from tf_syncdist import cutoff
 from tf_syncdist.aggregation import waits
 from tf_syncdist.aggregation.admission import invalid
-from tf_syncdist.aggregation.centre import Centre
+from tf_syncdist.aggregation.centres import Centres
 from tf_syncdist.aggregation.delivery import WINDOW_RUNS, Delivery
 from tf_syncdist.aggregation.end_relay import EndRelay
 from tf_syncdist.aggregation.gather_relay import GatherRelay
@@ -62,8 +62,8 @@ class Attendance:
         self._begun_at = 0.0
         # Where workers serve their own models.
         self._serves: dict[int, str] = {}
-        # With which workers mix their models, if they do.
-        self._centre: Centre | None = None
+        # What workers mix their models with, if they do.
+        self._centres: Centres | None = None
         # Whether all workers have come; from then on, those that come join a job in progress.
         self._started = False
         self._frozen = False
@@ -135,7 +135,7 @@ class Attendance:
         self._present = set(range(hello.num_workers))
         self._begun_at = self._clock()
         if mixes is not None:
-            self._centre = Centre(
+            self._centres = Centres(
                 mixes,
                 hello.num_workers,
                 self._streams,
@@ -149,7 +149,7 @@ class Attendance:
         """Returns the workers that have a state to give: those that have left, too."""
         return {w for w in self._streams if self._rounds.holds_state(w)} & self._members.here
 
-    def _welcome(self, worker: int, void: bool = False) -> None:
+    def _welcome(self, worker: int, void: bool = False, again: bool = False) -> None:
         welcome = pb.Welcome(
             job_seed=self._seed,
             window_runs=WINDOW_RUNS,
@@ -157,6 +157,8 @@ class Attendance:
             run=self._rounds.position(worker),
             service=self._service,
             void=void,
+            again=again,
+            epoch=self._epoch if again else None,
         )
         self._streams.tell(worker, pb.ToWorker(welcome=welcome))
 
@@ -171,8 +173,8 @@ class Attendance:
                 return
             self._started = True
             workers = list(self._streams)
-            if self._centre is not None:
-                self._centre.go_on()
+            if self._centres is not None:
+                self._centres.go_on()
         if self._restoring is not None:
             return
         # Who is told that all have come is to know already who they are.
@@ -199,8 +201,8 @@ class Attendance:
         self._on_event("workers know a job that was in progress; collecting what they have")
         self._restoring = Restoring(now, self._streams)
         self._started = True
-        if self._centre is not None:
-            self._centre.hold()
+        if self._centres is not None:
+            self._centres.hold()
         for worker in self._streams:
             self._restoring.add(worker, None, now)
 
@@ -225,14 +227,14 @@ class Attendance:
         self._on_event(f"going on with the job in round {self._rounds.runs_over}: {restored}")
         for worker in self._streams:
             self._tell_started(worker)
-        if self._centre is not None:
-            self._centre.go_on({w: s.centre_version for w, s in found.standings.items()})
+        if self._centres is not None:
+            self._centres.go_on(found.standings)
 
     def _look_at_centre(self, now: float) -> None:
         """Does without the workers that have not come in time, which may have a newer centre."""
-        if self._centre is not None and self._restoring is None:
+        if self._centres is not None and self._restoring is None:
             if now - self._begun_at > GRACE_SECONDS:
-                self._centre.go_on()
+                self._centres.go_on()
 
     def _is_void(self, standing: pb.Standing) -> bool:
         """Returns whether a worker that was not there then may have what was computed anew."""
@@ -281,13 +283,15 @@ class Attendance:
         self._rounds.leave(worker, self._clock(), for_good=True)
         self._delivery.leave(worker)
         self._relay.leave(worker)
+        if self._centres is not None:
+            self._centres.leave(worker, for_good=True)
         self._end_if_alone()
 
     def _leave(self, worker: int, for_good: bool) -> None:
         self._present.discard(worker)
         self._ends.leave(worker)
-        if self._centre is not None:
-            self._centre.leave(worker)
+        if self._centres is not None:
+            self._centres.leave(worker, for_good)
         if for_good:
             self._delivery.leave(worker)
         closed = self._rounds.leave(worker, self._clock(), for_good)

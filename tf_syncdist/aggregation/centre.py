@@ -1,16 +1,16 @@
-"""The centre with which workers mix their models: one shard of it, and how it comes to be there.
+"""A centre with which workers mix their models: one shard of it, and how it comes to be there.
 
-The service makes no variables itself. At the start worker 0 gives its own; a service that was
-started again asks the worker that has received the newest centre. No worker waits for another one
-but where there is no centre yet. One lock of the job's guards all this; a slice has its own.
+The service makes no variables itself: a worker gives them, and a service that was started again
+asks the one that has received the newest ones. No worker waits for another one but where there is
+no centre yet. One lock of the job's guards all this; a slice has its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from tf_syncdist.aggregation.admission import invalid
-from tf_syncdist.aggregation.centre_slices import DTYPES, CentreSlice
+from tf_syncdist.aggregation.centre_slices import DTYPES, CentreSlice, MixCounts
 from tf_syncdist.aggregation.manifests import Variable, first_difference
 from tf_syncdist.aggregation.memory import WorkerMemory
 from tf_syncdist.aggregation.outbox import Streams
@@ -26,32 +26,39 @@ _READS = (pb.CENTRE_READ,)
 
 
 class Centre:
-    """One shard's part of the centre.
+    """One shard's part of one centre.
 
     Args:
+        key: Which centre it is: its training and its revision.
         policy: How it takes in models.
-        num_workers: How many workers the job has.
         streams: The connected workers.
-        expected: Returns the workers that take part, or may come yet.
-        on_event: Called with one line for the service's log.
-        most_bytes: How many bytes the centre may have.
+        giver: Returns the worker that has to give it; `None` if any may that wants it.
+        holders: Returns which version each worker has of it that has one from the service before
+            this one.
+        on_complete: Called when it is there, with one line for the service's log.
+        most_bytes: How many bytes it may have.
+        counts: For every worker, what is counted.
     """
 
     def __init__(
         self,
+        key: tuple[int, int],
         policy: CentrePolicy,
-        num_workers: int,
         streams: Streams,
-        expected: Callable[[], set[int]],
-        on_event: Callable[[str], None],
+        giver: Callable[[], int | None],
+        holders: Callable[[], Mapping[int, int]],
+        on_complete: Callable[[str], None],
         most_bytes: int,
+        counts: Sequence[MixCounts],
     ) -> None:
+        self._key = key
         self._policy = policy
-        self._num_workers = num_workers
         self._streams = streams
-        self._expected = expected
-        self._on_event = on_event
+        self._due_giver = giver
+        self._holders = holders
+        self._on_complete = on_complete
         self._most_bytes = most_bytes
+        self._counts = counts
         self._reference: tuple[int, tuple[Variable, ...]] | None = None
         self._layout = 0
         self._bytes_left = 0
@@ -60,9 +67,6 @@ class Centre:
         self._open: set[int] = set()
         self._waiting: set[int] = set()
         self._giver: int | None = None
-        # Who has which centre of the service before this one.
-        self._holders: dict[int, int] = {}
-        self._held = True
 
     @property
     def is_there(self) -> bool:
@@ -76,25 +80,9 @@ class Centre:
 
     def waits(self) -> tuple[int, ...]:
         """Returns the worker that has to give a centre for which others wait, if they do."""
-        if not self._waiting or self.is_there or self._held:
+        if not self._waiting or self.is_there:
             return ()
         return (self._chosen(),) if self._giver is None else (self._giver,)
-
-    def hold(self) -> None:
-        """Asks nobody for the centre for now: somebody may come who has a newer one."""
-        self._held = True
-
-    def go_on(self, versions: Mapping[int, int] | None = None) -> None:
-        """Asks for the centre from now on.
-
-        Args:
-            versions: Which centre each worker has, if the service was started again.
-        """
-        if versions is not None:
-            self._holders = {worker: v for worker, v in versions.items() if v}
-        if self._held or versions is not None:
-            self._held = False
-            self._choose()
 
     def open(self, worker: int, message: pb.CentreOpen) -> None:
         """Takes note of the variables that a worker mixes, and tells it whether there are any.
@@ -122,20 +110,13 @@ class Centre:
             self._tell(worker, pb.CentreState(there=True))
             return
         self._waiting.add(worker)
-        self._choose()
 
-    def reopen(self, worker: int) -> None:
-        """Takes note that a worker has another stream now."""
+    def leave(self, worker: int) -> None:
+        """Takes note that a worker has another stream, or another centre, or is gone."""
         self._open.discard(worker)
         self._waiting.discard(worker)
         if worker == self._giver and not self.is_there:
             self._drop()
-        self._choose()
-
-    def leave(self, worker: int) -> None:
-        """Takes note that a worker takes part no more."""
-        self._holders.pop(worker, None)
-        self.reopen(worker)
 
     def give(self, worker: int, request: pb.CentreRequest, values: np.ndarray) -> None:
         """Takes a slice of the centre from the worker that was asked for it.
@@ -156,7 +137,8 @@ class Centre:
                 f"{worker}."
             )
         self._bytes_left -= values.nbytes
-        self._slices[request.slice] = CentreSlice(request, values, self._policy, self._num_workers)
+        counts = self._counts if request.slice == 0 else None
+        self._slices[request.slice] = CentreSlice(request, values, self._policy, counts)
         if self.is_there:
             self._complete(worker)
 
@@ -176,15 +158,16 @@ class Centre:
             )
         return part
 
-    def report(self, reply: pb.ReportReply) -> None:
-        """Adds what was counted to the counters of a job."""
-        reply.centre_bytes = self.nbytes
-        first = self._slices[0] if self._slices else None
-        for worker in reply.workers if first is not None else ():
-            counts = first.counts[worker.worker]
-            worker.mixed, worker.too_stale = counts.mixed, counts.too_stale
-            worker.staleness_sum = counts.staleness_sum
-            worker.staleness_max = counts.staleness_max
+    def choose(self) -> None:
+        """Asks a worker for the centre, if there is none and nobody was asked."""
+        if self._giver is not None or not self._waiting or self.is_there:
+            return
+        chosen = self._chosen()
+        if chosen in self._waiting:
+            self._giver = chosen
+            self._tell(chosen, pb.CentreState(give=True))
+            if not self._slices:
+                self._complete(chosen)
 
     # How.
 
@@ -207,32 +190,22 @@ class Centre:
         self._slices = [None] * len(self._slices)
         self._bytes_left = sum(v.elements for v in self._reference[1]) * 8
 
-    def _choose(self) -> None:
-        """Asks a worker for the centre, if there is none and nobody was asked."""
-        if self._held or self._giver is not None or not self._waiting or self.is_there:
-            return
-        chosen = self._chosen()
-        if chosen in self._waiting:
-            self._giver = chosen
-            self._tell(chosen, pb.CentreState(give=True))
-            if not self._slices:
-                self._complete(chosen)
-
     def _chosen(self) -> int:
         """Returns who is to give the centre; it may not be there yet."""
-        expected = self._expected()
-        holders = {w: v for w, v in self._holders.items() if w in expected}
+        holders = self._holders()
         if holders:
             return max(holders, key=lambda w: (holders[w], -w))
-        return 0 if 0 in expected else min(self._waiting)
+        due = self._due_giver()
+        return min(self._waiting) if due is None else due
 
     def _complete(self, worker: int) -> None:
-        version = sum(part.version for part in self._slices)
-        self._on_event(f"worker {worker} has given the centre ({self.nbytes} bytes, {version=})")
-        self._holders.clear()
         for one in sorted(self._waiting):
             self._tell(one, pb.CentreState(there=True))
         self._waiting.clear()
+        version = sum(part.version for part in self._slices)
+        self._on_complete(
+            f"worker {worker} has given a centre of {self.nbytes} bytes, after {version} change(s)"
+        )
 
     def _check(self, worker: int, request: pb.CentreRequest) -> None:
         if worker not in self._open or request.layout != self._layout:
@@ -247,6 +220,7 @@ class Centre:
             )
 
     def _tell(self, worker: int, state: pb.CentreState) -> None:
+        state.revision = self._key[1]
         self._streams.tell(worker, pb.ToWorker(centre_state=state))
 
 

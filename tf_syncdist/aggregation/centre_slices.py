@@ -1,6 +1,7 @@
 """One slice of the centre with which workers mix their models: its values, and who mixed what."""
 
 import threading
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -37,17 +38,21 @@ class CentreSlice:
         given: The request that says what it holds.
         values: That.
         policy: How it takes in values.
-        num_workers: How many workers the job has.
+        counts: For every worker, what is counted; `None` for a slice that does not count.
 
     Attributes:
-        counts: For every worker, what was counted.
         nbytes: Size of its values.
+        version: How often it has taken in values.
     """
 
     def __init__(
-        self, given: pb.CentreRequest, values: np.ndarray, policy: CentrePolicy, num_workers: int
+        self,
+        given: pb.CentreRequest,
+        values: np.ndarray,
+        policy: CentrePolicy,
+        counts: Sequence[MixCounts] | None,
     ) -> None:
-        self.counts = [MixCounts() for _ in range(num_workers)]
+        self._counts = counts
         self.nbytes = values.nbytes
         self.version = given.version
         self._index, self._dtype = given.slice, given.dtype
@@ -96,5 +101,6 @@ class CentreSlice:
             return pb.CENTRE_REPEATED
         self._serials[worker] = serial
         is_admitted = self._policy.admits(staleness)
-        self.counts[worker].add(staleness, is_admitted)
+        if self._counts is not None:
+            self._counts[worker].add(staleness, is_admitted)
         return pb.CENTRE_DONE if is_admitted else pb.CENTRE_TOO_STALE

@@ -49,6 +49,7 @@ class Job(Attendance):
                 self._begin_restoring(now)
             if standing is not None and self._restoring is None:
                 admission.check_standing(hello, self._seed, self._service, self._rounds.runs_over)
+            was_here = worker in self._members.have_come
             try:
                 same = self._members.admit(worker, hello.incarnation, hello.address, now)
             except NotAdmitted as e:
@@ -63,8 +64,8 @@ class Job(Attendance):
             )
             self._acknowledging[worker] = Acknowledging(hello.credit_bytes)
             self._quotas.begin(worker)
-            if self._centre is not None:
-                self._centre.reopen(worker)
+            if self._centres is not None:
+                self._centres.reopen(worker)
             self._serves[worker] = hello.serves
             self._memories[worker] = WorkerMemory()
             self._on_event(f"worker {worker} joined ({len(self._streams)} of {hello.num_workers})")
@@ -80,7 +81,8 @@ class Job(Attendance):
                 else:
                     same = same or not self._started
                     self._enter(worker, self._rounds.position(worker) if same else None)
-                self._welcome(worker, void=is_late and self._is_void(standing))
+                void = is_late and self._is_void(standing)
+                self._welcome(worker, void, again=was_here and standing is None)
                 self._catch_up(worker)
             self._tell_started(worker)
         self._publish()
@@ -175,7 +177,7 @@ class Job(Attendance):
                 self._gathers.close(now)
                 self._relay.tick(now)
             self._look_at_centre(now)
-            centre = self._centre.waits() if self._centre is not None else ()
+            centre = self._centres.waits() if self._centres is not None else ()
             for text in self._waits.due(
                 self._rounds, self._relay.waiting_for(), self._members, now, centre
             ):
@@ -192,8 +194,8 @@ class Job(Attendance):
             if self._hello is None:
                 return pb.ReportReply()
             reply = counters.reply(self._rounds)
-            if self._centre is not None:
-                self._centre.report(reply)
+            if self._centres is not None:
+                self._centres.report(reply)
             return reply
 
     # Messages.
@@ -281,9 +283,9 @@ class Job(Attendance):
             self._acknowledge(worker, spec)
 
     def _on_centre_open(self, worker: int, message: pb.CentreOpen, *_: object) -> None:
-        if self._centre is None:
+        if self._centres is None:
             raise invalid(f"Expected a job with a centre. Received: worker {worker} asks for one.")
-        self._centre.open(worker, message)
+        self._centres.open(worker, message)
 
     def _mix(
         self, worker: int, request: pb.CentreRequest, payload: memoryview, outbox: Outbox | None
@@ -293,15 +295,15 @@ class Job(Attendance):
             if not self._is_stream(worker, outbox):
                 return
             self._hear(worker)
-            if self._centre is None:
+            if self._centres is None:
                 raise invalid(
                     f"Expected a job with a centre. Received: worker {worker} asks for one."
                 )
             values = values_of(request, payload, self._memories.get(worker), worker)
             if request.action == pb.CENTRE_GIVE:
-                self._centre.give(worker, request, values)
+                self._centres.give(worker, request, values)
                 return
-            part = self._centre.claim(worker, request)
+            part = self._centres.claim(worker, request)
         answer = part.serve(worker, request, values)
         with self._lock:
             if self._is_stream(worker, outbox):

@@ -79,6 +79,7 @@ class CentreExchanging(Link):
         super().__init__(config, on_notice)
         shards = len(config.addresses)
         self._centre_variables: list[pb.VariableSpec] = []
+        self._centre_key = (0, 0)
         self._centre_plan: Plan | None = None
         # The newest centre that this worker has, and the version of each slice; None: never had.
         self._centre: list[np.ndarray] = []
@@ -91,14 +92,25 @@ class CentreExchanging(Link):
         self._serial = self._incarnation
 
     def open_centre(
-        self, variables: Sequence[Spec], plan: Plan, values: Sequence[np.ndarray]
-    ) -> list[np.ndarray]:
+        self,
+        variables: Sequence[Spec],
+        plan: Plan,
+        values: Sequence[np.ndarray],
+        fit: int = 0,
+        revision: int = 0,
+    ) -> tuple[list[np.ndarray], int]:
         """Waits until there is a centre, and returns it.
 
         Args:
             variables: Name, dtype and shape of the variables of this worker's model.
             plan: How they are cut.
             values: Their values, which are the centre if this worker is asked for it.
+            fit: Which training it is for, counted alike by every worker.
+            revision: How often the program has written the variables itself within it.
+
+        Returns:
+            What the centre holds, as flat arrays that the next call overwrites, and its revision:
+            a later one than was asked for if the other workers have one.
 
         Raises:
             ModelMismatchError: If other workers mix other variables.
@@ -106,6 +118,8 @@ class CentreExchanging(Link):
         specs = [pb.VariableSpec(name=n, dtype=d, shape=s) for n, d, s in variables]
         with self._changed:
             self._centre_variables = specs
+            self._centre_key = (fit, revision)
+            self._centre_error = ""
             self._centre_plan = plan
             self._centre = [np.array(v).reshape(-1) for v in values]
             self._centre_versions = [[None] * n for n in plan.num_slices]
@@ -119,7 +133,8 @@ class CentreExchanging(Link):
             self._wait(there, "a worker that has the centre, worker 0 at the start")
             if self._centre_error:
                 raise ModelMismatchError(self._centre_error)
-        return self.read_centre()
+            revision = self._centre_key[1]
+        return self.read_centre(), revision
 
     def read_centre(self) -> list[np.ndarray]:
         """Returns what the centre holds now, as flat arrays that the next call overwrites."""
@@ -235,6 +250,8 @@ class CentreExchanging(Link):
             variables=self._centre_variables,
             layout=plan.layout,
             num_slices=plan.num_slices[shard],
+            fit=self._centre_key[0],
+            revision=self._centre_key[1],
         )
         self._send(shard, pb.ToAggregator(centre_open=opened))
 
@@ -243,6 +260,7 @@ class CentreExchanging(Link):
         versions = self._centre_versions[shard]
         if self._centre_plan is not None and None not in versions:
             standing.centre_version = sum(versions) + 1
+            standing.centre_fit, standing.centre_revision = self._centre_key
 
     def _resend(self, shard: int, welcome: pb.Welcome, is_new: bool) -> None:
         super()._resend(shard, welcome, is_new)
@@ -262,6 +280,7 @@ class CentreExchanging(Link):
                     self._connections[shard].send(give)
         elif message.there:
             self._centre_there[shard] = True
+            self._centre_key = (self._centre_key[0], max(message.revision, self._centre_key[1]))
             if self._conversation is not None:
                 for (owner, _), (_, again) in self._conversation.asked.items():
                     if owner == shard:

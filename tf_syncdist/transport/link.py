@@ -123,6 +123,7 @@ class Link:
         self._down_since: list[float | None] = [None for _ in config.addresses]
         self._leaving = False
         self._members: tuple[int, ...] = ()
+        self._first_welcome = pb.Welcome()
         self._served_at: tuple[dict[int, str], dict[int, str]] = ({}, {})
         self._heartbeats: list[Heartbeat] = []
         self._lending: list[Lending | None] = [None for _ in config.addresses]
@@ -135,6 +136,12 @@ class Link:
     def report(self) -> pb.ReportReply:
         """Asks the first shard for the job's counters."""
         return self._connections[0].report()
+
+    @property
+    def came_again(self) -> pb.EpochBegun | None:
+        """The job's epoch, if another process of this worker was there before; else `None`."""
+        with self._changed:
+            return self._first_welcome.epoch if self._first_welcome.again else None
 
     @property
     def served_at(self) -> tuple[dict[int, str], dict[int, str]]:
@@ -216,6 +223,7 @@ class Link:
                     config.credentials,
                 )
             )
+        self._first_welcome = self._welcomes[0]
         self.job_seed = self._welcomes[0].job_seed
 
     def _await_welcome(self, shard: int) -> None:
