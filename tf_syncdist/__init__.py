@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tf_syncdist import callbacks, cutoff, errors
+    from tf_syncdist.strategies.model_averaging import ModelAveragingStrategy
     from tf_syncdist.strategies.sync_replicas import SyncReplicasStrategy
     from tf_syncdist.strategies.variables import variables_sha256
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ModelAveragingStrategy",
     "SyncReplicasStrategy",
     "callbacks",
     "cutoff",
@@ -23,6 +25,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ModelAveragingStrategy": "tf_syncdist.strategies.model_averaging",
     "SyncReplicasStrategy": "tf_syncdist.strategies.sync_replicas",
     "variables_sha256": "tf_syncdist.strategies.variables",
 }

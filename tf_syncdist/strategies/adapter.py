@@ -4,12 +4,10 @@ Every use below says why no public way exists. Tried with TensorFlow 2.18 to 2.2
 3.15; with another version that has moved one of them, the error names what has moved.
 """
 
-import contextlib
 import functools
 import importlib
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -232,7 +230,6 @@ class WorkerExtended(_MirroredExtended):
         self._first_replica_id = first_replica_id
         self._hooks = hooks
         self._lifted_functions: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-        self._makes = threading.local()
         logger = tf.get_logger()
         level = logger.level
         logger.setLevel("WARNING")  # MirroredStrategy logs its devices at INFO.
@@ -294,21 +291,7 @@ class WorkerExtended(_MirroredExtended):
             lifted = self._lifted_functions[fn] = with_python_function(fn, call)
         return lifted
 
-    @contextlib.contextmanager
-    def plain_variables(self) -> Iterator[None]:
-        """Lets variables made on this thread be TensorFlow's own, on the device they are made for.
-
-        The creators of a scope that is open around this one cannot be left in a public way.
-        """
-        self._makes.plain = True
-        try:
-            yield
-        finally:
-            self._makes.plain = False
-
     def _create_variable(self, next_creator: Callable, **kwargs: Any) -> tf.Variable:
-        if getattr(self._makes, "plain", False):
-            return next_creator(**kwargs)
         variable = super()._create_variable(next_creator, **kwargs)
         self._hooks.on_variable(variable)
         return variable

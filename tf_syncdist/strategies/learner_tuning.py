@@ -47,8 +47,7 @@ def tune(
         return learners.num_devices
     adapter.build(model, batch)
     model.make_train_function(force=True)
-    copies = [c for v in runs.registry.alive() for c in adapter.components(v)]
-    before = [c.numpy() for c in copies]
+    before = [(v, [c.numpy() for c in adapter.components(v)]) for v in runs.registry.alive()]
     tuner = tuning.Tuner()
     size = batch_size or len(tf.nest.flatten(batch)[0])
     try:
@@ -58,11 +57,24 @@ def tune(
             rate = _runs_per_second(model, batch, learners.count, clock)
             tuner = tuning.measured(tuner, rate * learners.count * size, most=_MOST)
     finally:
+        runs.keep_traces(False)
         learners.resize(tuner.learners * learners.num_devices)
-        for copy, value in zip(copies, before, strict=True):
-            copy.assign(value)
+        _restore(runs, before)
+        learners.restart()
     say("learners per device\n" + tuning.table(tuner))
     return learners.count
+
+
+def _restore(runs: LearnerRuns, before: list[tuple[tf.Variable, list[np.ndarray]]]) -> None:
+    known = {id(v) for v, _ in before}
+    for variable, values in before:
+        for copy, value in zip(adapter.components(variable), values, strict=False):
+            copy.assign(value)
+    for variable in runs.registry.alive():
+        if id(variable) not in known:
+            # The strategy's own, such as the central model's momentum, are zero at first.
+            variable.assign(tf.zeros_like(variable))
+    runs.forget_count()
 
 
 def _first_batch(dataset: tf.data.Dataset, batch_size: int | None) -> Any:

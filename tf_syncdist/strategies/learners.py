@@ -11,8 +11,7 @@ states of random generators, the first learner's copy is the program's own varia
 """
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -21,6 +20,7 @@ from tf_syncdist.strategies import adapter, traces
 from tf_syncdist.strategies import variables as vars_lib
 from tf_syncdist.strategies.replays import Updates
 from tf_syncdist.strategies.seeds import other_state
+from tf_syncdist.strategies.untraced import untraced
 
 
 class LearnerStep(NamedTuple):
@@ -75,7 +75,6 @@ class Learners:
         worker: Index of this worker.
         num_workers: How many workers there are.
         devices: Devices of this worker; learners are dealt out to them in turn.
-        plain_variables: Lets TensorFlow make variables that are not distributed.
     """
 
     def __init__(
@@ -84,25 +83,22 @@ class Learners:
         worker: int,
         num_workers: int,
         devices: Sequence[str],
-        plain_variables: Callable[[], AbstractContextManager],
     ) -> None:
         self.count = count
         self._worker = worker
         self._num_workers = num_workers
         self._devices = devices
-        self._plain_variables = plain_variables
         # By the identity of a distributed variable: itself, and every learner's copy.
         self._copies: dict[int, tuple[weakref.ref, list[tf.Variable]]] = {}
         self._metrics: dict[int, weakref.ref] = {}
 
     def resize(self, count: int) -> None:
-        """Changes how many there are; all begin with the central model again."""
-        self._copies.clear()
-        for ref in self._metrics.values():
-            if ref() is not None:
-                adapter.keep_components(ref(), 1)
-        self._metrics.clear()
+        """Changes how many there are. Those that stay keep their copies, and functions theirs."""
         self.count = count
+        for _, copies in self._copies.values():
+            del copies[count:]
+        for variable in filter(None, (ref() for ref in self._metrics.values())):
+            adapter.keep_components(variable, max(count, 1))
 
     @property
     def num_devices(self) -> int:
@@ -121,13 +117,7 @@ class Learners:
     def prepare(self, step: LearnerStep) -> None:
         """Makes the copies that a training function needs and that are not there yet."""
         self._copies = {k: v for k, v in self._copies.items() if v[0]() is not None}
-        with tf.init_scope(), self._plain_variables():
-            for variable in (*step.trained, *step.statistics):
-                self._add(variable, first=0)
-            for variable in step.own:
-                self._add(variable, first=1)
-            for variable in step.metrics:
-                self._add_to_metric(variable)
+        untraced(lambda: self._make(step))
 
     def copies(self, variable: tf.Variable) -> list[tf.Variable]:
         """Returns every learner's own of a distributed variable; nothing if it is common to all."""
@@ -159,29 +149,29 @@ class Learners:
                 if copy is not original:
                     copy.assign(self._first_value(variable, number))
 
+    def _make(self, step: LearnerStep) -> None:
+        for variable in (*step.trained, *step.statistics):
+            self._add(variable, first=0)
+        for variable in step.own:
+            self._add(variable, first=1)
+        for variable in step.metrics:
+            self._add_to_metric(variable)
+
     def _add(self, variable: tf.Variable, first: int) -> None:
-        if self.copies(variable):
-            return
-        original = adapter.components(variable)[0]
-        copies = [original] * first
-        for number in range(first, self.count):
+        copies = self.copies(variable)
+        if not copies:
+            copies = [adapter.components(variable)[0]] * first
+            self._copies[id(variable)] = (weakref.ref(variable), copies)
+        for number in range(len(copies), self.count):
+            value, name = self._first_value(variable, number), f"{_name(variable)}/{number}"
             with tf.device(self.device_of(number)):
-                copies.append(
-                    tf.Variable(
-                        self._first_value(variable, number),
-                        trainable=False,
-                        dtype=variable.dtype,
-                        name=f"{_name(variable)}/learner_{number}",
-                    )
-                )
-        self._copies[id(variable)] = (weakref.ref(variable), copies)
+                copies.append(tf.Variable(value, trainable=False, name=name))
 
     def _add_to_metric(self, variable: tf.Variable) -> None:
         parts = adapter.components(variable)
         for number in range(len(parts), self.count):
             with tf.device(self.device_of(number)):
-                value = tf.zeros_like(parts[0])
-                name = f"{_name(variable)}/learner_{number}"
+                value, name = tf.zeros_like(parts[0]), f"{_name(variable)}/{number}"
                 adapter.add_component(variable, tf.Variable(value, trainable=False, name=name))
         self._metrics[id(variable)] = weakref.ref(variable)
 

@@ -11,6 +11,7 @@ from tf_syncdist.strategies import adapter
 from tf_syncdist.strategies.learners import Learners
 from tf_syncdist.strategies.sites import Site
 from tf_syncdist.strategies.state import CommonState, optimizer_variables
+from tf_syncdist.strategies.untraced import untraced
 from tf_syncdist.strategies.variables import Spec, VariableRegistry
 
 
@@ -69,8 +70,12 @@ class MadeVariables:
         if found is not None:
             return found
         self._made = {k: m for k, m in self._made.items() if m[0]() is not None}
-        with tf.init_scope(), self._scope():
-            made = tf.Variable(tf.zeros(shape, dtype), trainable=False, name=self._name)
+
+        def make() -> tf.Variable:
+            with self._scope():
+                return tf.Variable(tf.zeros(shape, dtype), trainable=False, name=self._name)
+
+        made = untraced(make)
         self._made[id(owner)] = (weakref.ref(owner), made)
         return adapter.components(made)[0]
 

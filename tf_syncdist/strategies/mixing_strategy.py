@@ -84,7 +84,6 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
             role.task_index,
             role.num_workers,
             devices,
-            lambda: self.extended.plain_variables(),
         )
         self._runs = LearnerRuns(
             self,

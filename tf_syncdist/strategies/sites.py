@@ -159,6 +159,11 @@ class Runs(Hooks):
         self.token.assign_add(1, read_value=False)
         self._ends.assign([tf.where(self._ends[0] > 0, self._ends[0], now), now])
 
+    def forget_count(self) -> None:
+        """Begins to count anew."""
+        self.token.assign(0)
+        self._ends.assign([0.0, 0.0])
+
     def counted_alone(self) -> tuple[int, float]:
         """Returns a single worker's updates, and the seconds from the first to the last."""
         first, last = self._ends.numpy()
