@@ -273,14 +273,14 @@ def test_every_training_has_a_centre_that_its_first_worker_gives(serve: Serve) -
     # Worker 1 goes on to the next training, of other variables, and does not wait for worker 0.
     other = [("w", "float32", (6,))]
     cut_anew = plan([TensorSpec("float32", (6,))], 8, 2)
-    begun, _ = second.open_centre(other, cut_anew, [np.full(6, 3, "f4")], fit=1)
+    begun, _ = second.open_centre(other, cut_anew, [np.full(6, 3, "f4")], key=(1, 0), joins=False)
     assert same(begun, [np.full(6, 3, "f4")])
     second.mix([np.ones(6, "f4")])
     assert first.mix(one)[1].staleness == 0
     model_bytes = sum(v.nbytes for v in model(0))
     reply = [s.job.report().centre_bytes for s in service.servers]
     assert sum(reply) == model_bytes + 24
-    joined, _ = first.open_centre(other, cut_anew, [np.zeros(6, "f4")], fit=1)
+    joined, _ = first.open_centre(other, cut_anew, [np.zeros(6, "f4")], key=(1, 0), joins=False)
     assert same(joined, [np.full(6, 4, "f4")])
     # Nobody is at the first one any more.
     assert sum(s.job.report().centre_bytes for s in service.servers) == 24
@@ -291,13 +291,13 @@ def test_who_has_missed_what_a_program_wrote_is_given_the_newest(serve: Serve) -
     sessions = service.sessions()
     opened(service, sessions, cut())
     for session in sessions:
-        written, revision = session.open_centre(SPECS, cut(), model(5), revision=2)
-        assert same(written, model(5)) and revision == 2
+        written, key = session.open_centre(SPECS, cut(), model(5), (3, 2), joins=False)
+        assert same(written, model(5)) and key == (3, 2)
     sessions[0].close()
     service.until(lambda: any("is gone" in n for n in service.notices[1]))
     again = service.session(0)
-    found, revision = again.open_centre(SPECS, cut(), model(0), revision=0)
-    assert same(found, model(5)) and revision == 2
+    found, key = again.open_centre(SPECS, cut(), model(0), (4, 0))
+    assert same(found, model(5)) and key == (3, 2)
 
 
 def test_workers_must_want_the_same_rule(serve: Serve) -> None:

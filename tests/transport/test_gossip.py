@@ -52,7 +52,7 @@ class Peer:
     def start(self, value: float, specs: list = SPECS, seconds: float = 5.0) -> float:
         """Begins with a model and returns with which it really does."""
         model = filled(value) if specs is SPECS else [np.zeros(int(np.prod(specs[0][2])), "f4")]
-        return value_of(self.gossip.start(specs, model, SEED, seconds, lambda: True))
+        return value_of(self.gossip.start(specs, model, SEED, seconds, lambda: None))
 
     def exchange(self, step: int, value: float) -> float:
         """Mixes a model of one value."""
@@ -111,7 +111,7 @@ def test_pull_averages_with_what_the_partner_has_shown(mesh: Mesh) -> None:
     counts = peers[0].gossip.counts
     assert counts.exchanges == 12 and counts.with_itself == drawn(peers[0], 12).count(0)
     assert counts.mixed == 12 - counts.with_itself and not counts.failed
-    assert counts.staleness_max == 8 and counts.distance > 0
+    assert counts.staleness_max == 8
 
 
 def test_push_counts_all_that_has_come_and_a_self_draw_twice(mesh: Mesh) -> None:
@@ -292,10 +292,8 @@ def test_the_average_is_that_of_all_who_are_there_or_done(mesh: Mesh) -> None:
     mesh.live = {w: mesh.live[w] for w in (0, 1, 2)}
     peers[2].server.close()
     assert value_of(average()) == pytest.approx((1 + 2 + 8) / 3)
-    for step in range(30):
-        peers[0].exchange(step, 1.0)
-        # Who is done is no partner.
-        assert peers[0].gossip.counts.distance in (0.0, 1.0)
+    # Who is done is no partner: what is mixed is 1 and 2.
+    assert {peers[0].exchange(step, 1.0) for step in range(30)} <= {1.0, 1.5}
 
 
 def test_messages_that_are_no_whole_model() -> None:

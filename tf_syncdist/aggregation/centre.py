@@ -78,6 +78,11 @@ class Centre:
         """How many bytes its values have."""
         return sum(part.nbytes for part in self._slices if part is not None)
 
+    def is_of(self, message: pb.CentreOpen) -> bool:
+        """Returns whether it has these variables."""
+        same = self._layout == message.layout and len(self._slices) == message.num_slices
+        return same and self._reference[1] == _variables(message)
+
     def waits(self) -> tuple[int, ...]:
         """Returns the worker that has to give a centre for which others wait, if they do."""
         if not self._waiting or self.is_there:
@@ -90,7 +95,7 @@ class Centre:
         Raises:
             Refused: If it wants more than the service may keep.
         """
-        variables = tuple(Variable(v.name, v.dtype, tuple(v.shape)) for v in message.variables)
+        variables = _variables(message)
         if self._reference is None:
             self._begin(worker, message, variables)
         reference, expected = self._reference
@@ -220,8 +225,12 @@ class Centre:
             )
 
     def _tell(self, worker: int, state: pb.CentreState) -> None:
-        state.revision = self._key[1]
+        state.fit, state.revision = self._key
         self._streams.tell(worker, pb.ToWorker(centre_state=state))
+
+
+def _variables(message: pb.CentreOpen) -> tuple[Variable, ...]:
+    return tuple(Variable(v.name, v.dtype, tuple(v.shape)) for v in message.variables)
 
 
 def values_of(

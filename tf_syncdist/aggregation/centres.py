@@ -100,9 +100,9 @@ class Centres:
         """
         self.reopen(worker)
         key = (message.fit, message.revision)
-        if key not in self._known():
-            newer = [k for k in self._known() if k[0] == key[0] and k > key]
-            key = max(newer, default=key)
+        if message.joins and key not in self._centres:
+            alike = [k for k, centre in self._centres.items() if centre.is_of(message)]
+            key = max((*alike, *(held.key for held in self._held.values())), default=key)
         centre = self._centres.get(key)
         if centre is None:
             centre = self._centres[key] = Centre(
@@ -168,9 +168,6 @@ class Centres:
                 f"theirs are. Received: one from worker {worker}."
             )
         return centre
-
-    def _known(self) -> set[tuple[int, int]]:
-        return {*self._centres, *(held.key for held in self._held.values())}
 
     def _giver(self, key: tuple[int, int]) -> int | None:
         """Returns worker 0 for the first centre of a job, and nobody for later ones."""

@@ -79,7 +79,7 @@ class CentreExchanging(Link):
         super().__init__(config, on_notice)
         shards = len(config.addresses)
         self._centre_variables: list[pb.VariableSpec] = []
-        self._centre_key = (0, 0)
+        self._centre_key, self._centre_joins = (0, 0), True
         self._centre_plan: Plan | None = None
         # The newest centre that this worker has, and the version of each slice; None: never had.
         self._centre: list[np.ndarray] = []
@@ -96,21 +96,22 @@ class CentreExchanging(Link):
         variables: Sequence[Spec],
         plan: Plan,
         values: Sequence[np.ndarray],
-        fit: int = 0,
-        revision: int = 0,
-    ) -> tuple[list[np.ndarray], int]:
+        key: tuple[int, int] = (0, 0),
+        joins: bool = True,
+    ) -> tuple[list[np.ndarray], tuple[int, int]]:
         """Waits until there is a centre, and returns it.
 
         Args:
             variables: Name, dtype and shape of the variables of this worker's model.
             plan: How they are cut.
             values: Their values, which are the centre if this worker is asked for it.
-            fit: Which training it is for, counted alike by every worker.
-            revision: How often the program has written the variables itself within it.
+            key: Which centre it is: the training in which it began, and how often the program had
+                written the variables itself within that; counted alike by every worker.
+            joins: Whether this worker begins, so that another centre will do if the others are
+                there.
 
         Returns:
-            What the centre holds, as flat arrays that the next call overwrites, and its revision:
-            a later one than was asked for if the other workers have one.
+            What the centre holds, as flat arrays that the next call overwrites, and which it is.
 
         Raises:
             ModelMismatchError: If other workers mix other variables.
@@ -118,7 +119,7 @@ class CentreExchanging(Link):
         specs = [pb.VariableSpec(name=n, dtype=d, shape=s) for n, d, s in variables]
         with self._changed:
             self._centre_variables = specs
-            self._centre_key = (fit, revision)
+            self._centre_key, self._centre_joins = key, joins
             self._centre_error = ""
             self._centre_plan = plan
             self._centre = [np.array(v).reshape(-1) for v in values]
@@ -133,8 +134,8 @@ class CentreExchanging(Link):
             self._wait(there, "a worker that has the centre, worker 0 at the start")
             if self._centre_error:
                 raise ModelMismatchError(self._centre_error)
-            revision = self._centre_key[1]
-        return self.read_centre(), revision
+            key, self._centre_joins = self._centre_key, False
+        return self.read_centre(), key
 
     def read_centre(self) -> list[np.ndarray]:
         """Returns what the centre holds now, as flat arrays that the next call overwrites."""
@@ -252,6 +253,7 @@ class CentreExchanging(Link):
             num_slices=plan.num_slices[shard],
             fit=self._centre_key[0],
             revision=self._centre_key[1],
+            joins=self._centre_joins,
         )
         self._send(shard, pb.ToAggregator(centre_open=opened))
 
@@ -280,7 +282,7 @@ class CentreExchanging(Link):
                     self._connections[shard].send(give)
         elif message.there:
             self._centre_there[shard] = True
-            self._centre_key = (self._centre_key[0], max(message.revision, self._centre_key[1]))
+            self._centre_key = (message.fit, message.revision)
             if self._conversation is not None:
                 for (owner, _), (_, again) in self._conversation.asked.items():
                     if owner == shard:

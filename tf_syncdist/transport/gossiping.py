@@ -32,7 +32,6 @@ class GossipCounts(NamedTuple):
         staleness_sum: For models that were pulled, by how many steps they were behind this
             worker's own (or ahead of it), summed up.
         staleness_max: The most of that.
-        distance: The root mean square of the differences to the model that was mixed last.
     """
 
     exchanges: int = 0
@@ -41,7 +40,6 @@ class GossipCounts(NamedTuple):
     mixed: int = 0
     staleness_sum: int = 0
     staleness_max: int = 0
-    distance: float = 0.0
 
 
 class Gossip:
@@ -87,22 +85,22 @@ class Gossip:
         values: list[np.ndarray],
         job_seed: int,
         timeout_seconds: float,
-        is_settled: Callable[[], bool],
-        grace_seconds: float = 5.0,
+        check: Callable[[], None],
+        is_first: bool = True,
     ) -> list[np.ndarray]:
         """Returns the model with which this worker begins.
 
-        That is the model of the worker that is furthest, if any trains already. At the start none
-        does; then all begin with worker 0's.
+        That is the model of the worker that is furthest, if any trains these variables already. At
+        the start of a job none does; then all begin with worker 0's, and later with their own.
 
         Args:
             variables: Name, dtype and shape of the variables.
             values: This worker's own, as flat arrays.
             job_seed: Names the job.
             timeout_seconds: How long to wait for worker 0.
-            is_settled: Returns whether all workers have come that may train already; may raise an
-                error to end the wait.
-            grace_seconds: How long worker 0 waits for that.
+            check: Raises an error where the wait is to end.
+            is_first: Whether this is the worker's first model. Only then it waits for worker 0, and
+                all workers must have the same variables.
 
         Raises:
             ModelMismatchError: If another worker trains other variables.
@@ -110,21 +108,16 @@ class Gossip:
         """
         models = self._models = ModelFormat(variables, job_seed, self._worker)
         self._server.begin(job_seed, models)
-        begun, settled = time.monotonic(), False
-        while (model := self._found(models)) is None:
-            passed = time.monotonic() - begun
-            if self._worker == 0 and (settled or passed > grace_seconds):
-                break
-            if passed > timeout_seconds:
+        deadline = time.monotonic() + timeout_seconds
+        while (model := self._found(models, is_first)) is None and self._worker and is_first:
+            check()
+            if time.monotonic() > deadline:
                 raise WaitTimeoutError(
                     f"Worker {self._worker} waited {timeout_seconds:g} s for a model to begin "
                     "with, worker 0's at the start, as long as `timeout_seconds` allows. Look at "
                     "worker 0's log."
                 )
-            # What was there before all had come is to be looked at once more after that.
-            settled = is_settled()
-            if not settled or self._worker:
-                time.sleep(_LOOK_SECONDS)
+            time.sleep(_LOOK_SECONDS)
         model = model or Model(0, values)
         self._server.publish(model)
         return model.values
@@ -159,7 +152,6 @@ class Gossip:
             for value, inbox in zip(values, pushed.inboxes, strict=True)
         ]
         self._count(mixed=pushed.count)
-        self.counts = self.counts._replace(distance=distance(values, mixed))
         return mixed
 
     def average(self, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
@@ -188,16 +180,16 @@ class Gossip:
         self._partners.update({**done, **live})
         return live, done
 
-    def _found(self, models: ModelFormat) -> Model | None:
+    def _found(self, models: ModelFormat, compares: bool) -> Model | None:
         """Returns the model of the worker that is furthest, if any has one."""
         live, _ = self._look_around()
         found = []
         for worker in self._partners.present(sorted(set(live) - {self._worker})):
             reply = self._partners.greet(worker)
             if reply is not None:
-                if reply.variables:
+                if reply.variables and compares:
                     models.compare(reply)
-                if reply.has_model:
+                if reply.has_model and models.is_of(reply):
                     found.append((reply.step, worker))
         for _, worker in sorted(found, reverse=True):
             model = self._partners.pull(worker, models)
@@ -212,10 +204,7 @@ class Gossip:
             return values
         behind = abs(step - model.step)
         self._count(mixed=1, staleness_sum=behind)
-        self.counts = self.counts._replace(
-            staleness_max=max(self.counts.staleness_max, behind),
-            distance=distance(values, model.values),
-        )
+        self.counts = self.counts._replace(staleness_max=max(self.counts.staleness_max, behind))
         return [gossip.pulled(v, [other]) for v, other in zip(values, model.values, strict=True)]
 
     def _count(self, **more: int) -> None:

@@ -141,6 +141,10 @@ class ModelFormat:
                 f"{worker}. Build the same model on every worker."
             )
 
+    def is_of(self, reply: pb.GreetReply) -> bool:
+        """Returns whether another worker has the same variables."""
+        return [_described(v) for v in self.specs] == [_described(v) for v in reply.variables]
+
     def compare(self, reply: pb.GreetReply) -> None:
         """Compares this worker's variables with those of another one.
 
