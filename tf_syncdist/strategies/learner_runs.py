@@ -27,12 +27,14 @@ class Step:
         statistics: Other variables that learners have copies of. The central model's are the mean
             over the learners of this worker; that is seen to.
         updates: Optimizers with the variables that each of them updates.
+        used: All variables that the function uses, as its graph has them.
     """
 
     def __init__(self, step: LearnerStep, learners: Learners, compute: Callable[[], Any]) -> None:
         self.trained = step.trained
         self.statistics = step.statistics
         self.updates = step.updates
+        self.used = step.function.graph.variables
         self._learners = learners
         self._compute = compute
 

@@ -155,6 +155,11 @@ class Link:
         with self._changed:
             return self._error is not None
 
+    def check(self) -> None:
+        """Raises what has ended the connection, if anything has."""
+        with self._changed:
+            self._check()
+
     @property
     def limit_gbps(self) -> float:
         """How many gigabits per second may pass in each direction; 0 for no limit."""
