@@ -36,6 +36,12 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "backup_workers", 0, "How many workers' gradients no update waits for.", lower_bound=0
 )
+flags.DEFINE_enum(
+    "strategy",
+    "sync_replicas",
+    ["sync_replicas", "model_averaging", "elastic_averaging", "gossip", "async"],
+    "How workers train together. With all but the first, a batch is that of a worker, not of all.",
+)
 flags.DEFINE_string(
     "slow_worker",
     None,
@@ -130,9 +136,27 @@ class Delay(keras.layers.Layer):
         return self._sleeper.delay(inputs) if training and self._sleeper.acts else inputs
 
 
-def make_sleeper(
-    flag: str, slow: Slowness | None, strategy: tf_syncdist.SyncReplicasStrategy
-) -> Sleeper | None:
+def make_strategy() -> Any:
+    """Makes the strategy that --strategy names."""
+    if FLAGS.strategy == "sync_replicas":
+        return tf_syncdist.SyncReplicasStrategy(
+            backup_workers=FLAGS.backup_workers, record_trace=FLAGS.record_trace
+        )
+    if FLAGS.backup_workers:
+        raise ValueError(
+            "--backup_workers: expected 0, since only sync_replicas makes an update of several "
+            f"workers' gradients. Received: {FLAGS.backup_workers} with "
+            f"--strategy={FLAGS.strategy}. Leave one of the two out."
+        )
+    return {
+        "model_averaging": tf_syncdist.ModelAveragingStrategy,
+        "elastic_averaging": tf_syncdist.ElasticAveragingStrategy,
+        "gossip": tf_syncdist.GossipStrategy,
+        "async": tf_syncdist.AsyncStrategy,
+    }[FLAGS.strategy]()
+
+
+def make_sleeper(flag: str, slow: Slowness | None, strategy: Any) -> Sleeper | None:
     """Returns what makes a worker of this job slow, or None when nothing does."""
     if slow is None:
         return None
@@ -189,9 +213,7 @@ def training_batches(data: Dataset, sleeper: Sleeper | None) -> tf.data.Dataset:
     return dataset.repeat() if FLAGS.steps_per_epoch else dataset
 
 
-def summarize(
-    strategy: tf_syncdist.SyncReplicasStrategy, model: keras.Model, metrics: dict[str, float]
-) -> dict[str, Any]:
+def summarize(strategy: Any, model: keras.Model, metrics: dict[str, float]) -> dict[str, Any]:
     """Collects what this worker did and what it ended with."""
     report = strategy.local_report()
     optimizer_state = [v for v in model.optimizer.variables if "gradient_accumulator" not in v.path]
@@ -224,9 +246,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Expected only flags. Received: {argv[1:]}. Write --name=value.")
     slow = {flag: parse_slowness(flag, FLAGS[flag].value) for flag in ("slow_worker", "slow_input")}
     # A `ps` task does its work inside this call and ends there; only workers come back from it.
-    strategy = tf_syncdist.SyncReplicasStrategy(
-        backup_workers=FLAGS.backup_workers, record_trace=FLAGS.record_trace
-    )
+    strategy = make_strategy()
     slow_worker = make_sleeper("slow_worker", slow["slow_worker"], strategy)
     slow_input = make_sleeper("slow_input", slow["slow_input"], strategy)
     keras.utils.set_random_seed(FLAGS.seed)

@@ -9,12 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tf_syncdist import callbacks, cutoff, errors
+    from tf_syncdist.strategies.asynchronous import AsyncStrategy
+    from tf_syncdist.strategies.elastic_averaging import ElasticAveragingStrategy
+    from tf_syncdist.strategies.gossip import GossipStrategy
+    from tf_syncdist.strategies.model_averaging import ModelAveragingStrategy
     from tf_syncdist.strategies.sync_replicas import SyncReplicasStrategy
     from tf_syncdist.strategies.variables import variables_sha256
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncStrategy",
+    "ElasticAveragingStrategy",
+    "GossipStrategy",
+    "ModelAveragingStrategy",
     "SyncReplicasStrategy",
     "callbacks",
     "cutoff",
@@ -23,6 +31,10 @@ __all__ = [
 ]
 
 _HOMES = {
+    "AsyncStrategy": "tf_syncdist.strategies.asynchronous",
+    "ElasticAveragingStrategy": "tf_syncdist.strategies.elastic_averaging",
+    "GossipStrategy": "tf_syncdist.strategies.gossip",
+    "ModelAveragingStrategy": "tf_syncdist.strategies.model_averaging",
     "SyncReplicasStrategy": "tf_syncdist.strategies.sync_replicas",
     "variables_sha256": "tf_syncdist.strategies.variables",
 }

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.proto import tf_syncdist_peers_pb2 as peers_pb
 from tf_syncdist.transport import wire
 
 FUZZ = settings(
@@ -17,7 +18,8 @@ FUZZ = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-CLASSES = st.sampled_from([pb.ToAggregator, pb.ToWorker])
+ALL = (pb.ToAggregator, pb.ToWorker, peers_pb.ToPeer, peers_pb.FromPeer)
+CLASSES = st.sampled_from(ALL)
 # Python's objects around a message, and what NumPy or protobuf says about it.
 SPARE_BYTES = 64 * 2**10
 
@@ -57,7 +59,7 @@ def headers(cls: type) -> st.SearchStrategy:
     return st.one_of([values_of(f).map(lambda v, n=f.name: cls(**{n: v})) for f in bodies])
 
 
-HEADERS = {cls: headers(cls) for cls in (pb.ToAggregator, pb.ToWorker)}
+HEADERS = {cls: headers(cls) for cls in ALL}
 
 
 def varint(value: int) -> bytes:

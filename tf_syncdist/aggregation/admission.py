@@ -26,6 +26,7 @@ _SAME_FOR_ALL = (
     "propagation",
     "credit_bytes",
     "runs_ahead",
+    "centre",
 )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from tf_syncdist import cutoff
 from tf_syncdist.aggregation import waits
 from tf_syncdist.aggregation.admission import invalid
+from tf_syncdist.aggregation.centres import Centres
 from tf_syncdist.aggregation.cutoff_relay import CutoffRelay
 from tf_syncdist.aggregation.delivery import WINDOW_RUNS, Delivery
 from tf_syncdist.aggregation.end_relay import EndRelay
@@ -21,10 +22,12 @@ from tf_syncdist.aggregation.outbox import Outbox, Streams
 from tf_syncdist.aggregation.planning import Planning
 from tf_syncdist.aggregation.recording import TraceFile
 from tf_syncdist.aggregation.records import Closed
+from tf_syncdist.aggregation.recovery import GRACE_SECONDS
 from tf_syncdist.aggregation.relays import StateRelay
 from tf_syncdist.aggregation.restoring import Restoring
 from tf_syncdist.aggregation.rounds import Rounds
 from tf_syncdist.aggregation.withheld import Withheld
+from tf_syncdist.mixing import centre_policies
 from tf_syncdist.propagation.queue import Acknowledging
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport.segments import host_id
@@ -68,6 +71,11 @@ class Attendance:
         self._host = host_id()
         self._present: set[int] = set()
         self._alone_since: float | None = None
+        self._begun_at = 0.0
+        # Where workers serve their own models.
+        self._serves: dict[int, str] = {}
+        # What workers mix their models with, if they do.
+        self._centres: Centres | None = None
         # Whether all workers have come; from then on, those that come join a job in progress.
         self._started = False
         self._frozen = False
@@ -86,6 +94,7 @@ class Attendance:
     def _start(self, hello: pb.Hello) -> None:
         try:
             policy = cutoff.deserialize(hello.cutoff)
+            mixes = centre_policies.deserialize(hello.centre) if hello.centre else None
             rounds = Rounds(
                 hello.num_workers,
                 policy,
@@ -139,6 +148,16 @@ class Attendance:
         self._members = Members(hello.num_workers, hello.detection_seconds)
         self._waits = waits.Waits()
         self._present = set(range(hello.num_workers))
+        self._begun_at = self._clock()
+        if mixes is not None:
+            self._centres = Centres(
+                mixes,
+                hello.num_workers,
+                self._streams,
+                lambda: self._present,
+                self._on_event,
+                self._worker_bytes,
+            )
         self._hello = hello
 
     def _cutoff_relay(
@@ -186,7 +205,7 @@ class Attendance:
         """Returns the workers that have a state to give: those that have left, too."""
         return {w for w in self._streams if self._rounds.holds_state(w)} & self._members.here
 
-    def _welcome(self, worker: int, void: bool = False) -> None:
+    def _welcome(self, worker: int, void: bool = False, again: bool = False) -> None:
         welcome = pb.Welcome(
             job_seed=self._seed,
             window_runs=WINDOW_RUNS,
@@ -194,6 +213,8 @@ class Attendance:
             run=self._rounds.position(worker),
             service=self._service,
             void=void,
+            again=again,
+            epoch=self._epoch if again else None,
         )
         self._streams.tell(worker, pb.ToWorker(welcome=welcome))
 
@@ -202,11 +223,18 @@ class Attendance:
         workers = [worker]
         if not self._started:
             if len(self._members.have_come) < self._hello.num_workers:
+                if self._serves[worker]:
+                    # Workers that mix with one another begin without those that have not come.
+                    self._tell_members()
                 return
             self._started = True
             workers = list(self._streams)
+            if self._centres is not None:
+                self._centres.go_on()
         if self._restoring is not None:
             return
+        # Who is told that all have come is to know already who they are.
+        self._tell_members()
         for one in workers:
             run = self._rounds.position(one)
             started = pb.Started(
@@ -214,7 +242,6 @@ class Attendance:
             )
             started.epoch.CopyFrom(self._epoch)
             self._streams.tell(one, pb.ToWorker(started=started))
-        self._tell_members()
 
     def _catch_up(self, worker: int) -> None:
         """Tells a worker that comes late what the others have been told and it may wait for."""
@@ -231,6 +258,8 @@ class Attendance:
         self._on_event("workers know a job that was in progress; collecting what they have")
         self._restoring = Restoring(now, self._streams)
         self._started = True
+        if self._centres is not None:
+            self._centres.hold()
         for worker in self._streams:
             self._restoring.add(worker, None, now)
 
@@ -255,6 +284,14 @@ class Attendance:
         self._on_event(f"going on with the job in round {self._rounds.runs_over}: {restored}")
         for worker in self._streams:
             self._tell_started(worker)
+        if self._centres is not None:
+            self._centres.go_on(found.standings)
+
+    def _look_at_centre(self, now: float) -> None:
+        """Does without the workers that have not come in time, which may have a newer centre."""
+        if self._centres is not None and self._restoring is None:
+            if now - self._begun_at > GRACE_SECONDS:
+                self._centres.go_on()
 
     def _is_void(self, standing: pb.Standing) -> bool:
         """Returns whether a worker that was not there then may have what was computed anew."""
@@ -303,11 +340,15 @@ class Attendance:
         self._rounds.leave(worker, self._clock(), for_good=True)
         self._delivery.leave(worker)
         self._relay.leave(worker)
+        if self._centres is not None:
+            self._centres.leave(worker, for_good=True)
         self._end_if_alone()
 
     def _leave(self, worker: int, for_good: bool) -> None:
         self._present.discard(worker)
         self._ends.leave(worker)
+        if self._centres is not None:
+            self._centres.leave(worker, for_good)
         if for_good:
             self._delivery.leave(worker)
         closed = self._rounds.leave(worker, self._clock(), for_good)
@@ -338,7 +379,12 @@ class Attendance:
 
     def _tell_members(self) -> None:
         members = sorted(self._present & self._members.here)
-        self._streams.tell_all(pb.ToWorker(members=pb.Members(workers=members)))
+        told = pb.Members(workers=members)
+        if any(self._serves.values()):
+            told.done.extend(sorted(self._members.here.intersection(self._streams) - set(members)))
+            told.addresses.extend(self._serves.get(w, "") for w in told.workers)
+            told.addresses_of_done.extend(self._serves.get(w, "") for w in told.done)
+        self._streams.tell_all(pb.ToWorker(members=told))
 
     def _close(self, closed: tuple[Closed, ...]) -> None:
         """Closes slices, after something that may also have changed whose turn it is."""

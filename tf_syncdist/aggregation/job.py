@@ -7,6 +7,7 @@ import grpc
 from tf_syncdist.aggregation import admission, contributions, counters
 from tf_syncdist.aggregation.admission import invalid
 from tf_syncdist.aggregation.attendance import Attendance
+from tf_syncdist.aggregation.centre import values_of
 from tf_syncdist.aggregation.membership import NotAdmitted
 from tf_syncdist.aggregation.memory import WorkerMemory
 from tf_syncdist.aggregation.outbox import Outbox, Refused
@@ -51,6 +52,7 @@ class Job(Attendance):
                 self._begin_restoring(now)
             if standing is not None and self._restoring is None:
                 admission.check_standing(hello, self._seed, self._service, self._rounds.runs_over)
+            was_here = worker in self._members.have_come
             try:
                 same = self._members.admit(worker, hello.incarnation, hello.address, now)
             except NotAdmitted as e:
@@ -65,6 +67,9 @@ class Job(Attendance):
             )
             self._acknowledging[worker] = Acknowledging(hello.credit_bytes)
             self._quotas.begin(worker)
+            if self._centres is not None:
+                self._centres.reopen(worker)
+            self._serves[worker] = hello.serves
             self._memories[worker] = WorkerMemory()
             self._on_event(f"worker {worker} joined ({len(self._streams)} of {hello.num_workers})")
             if self._restoring is not None:
@@ -79,7 +84,8 @@ class Job(Attendance):
                 else:
                     same = same or not self._started
                     self._enter(worker, self._rounds.position(worker) if same else None)
-                self._welcome(worker, void=is_late and self._is_void(standing))
+                void = is_late and self._is_void(standing)
+                self._welcome(worker, void, again=was_here and standing is None)
                 self._catch_up(worker)
             self._tell_started(worker)
         self._publish()
@@ -102,6 +108,8 @@ class Job(Attendance):
             self._quotas.check(worker, body, header, payload.nbytes)
             if body == "contribution":
                 self._receive(worker, header.contribution, payload, outbox)
+            elif body == "centre_request":
+                self._mix(worker, header.centre_request, payload, outbox)
             else:
                 # What follows a contribution may be about it.
                 self._inbox.wait_for(outbox)
@@ -180,8 +188,10 @@ class Job(Attendance):
                 self._close(self._rounds.tick(now))
                 self._gathers.close(now)
                 self._relay.tick(now)
+            self._look_at_centre(now)
+            centre = self._centres.waits() if self._centres is not None else ()
             for text in self._waits.due(
-                self._rounds, self._relay.waiting_for(), self._members, now
+                self._rounds, self._relay.waiting_for(), self._members, now, centre
             ):
                 self._streams.tell_all(pb.ToWorker(notice=pb.Notice(text=text)))
             # Workers that never came, or died before they could, must not keep the service.
@@ -220,7 +230,10 @@ class Job(Attendance):
         with self._lock:
             if self._hello is None:
                 return pb.ReportReply()
-            return counters.reply(self._rounds, self._cutoffs.report())
+            reply = counters.reply(self._rounds, self._cutoffs.report())
+            if self._centres is not None:
+                self._centres.report(reply)
+            return reply
 
     # Messages.
 
@@ -308,6 +321,33 @@ class Job(Attendance):
                     self._turned.notify_all()
         if self._hello.credit_bytes:
             self._acknowledge(worker, spec)
+
+    def _on_centre_open(self, worker: int, message: pb.CentreOpen, *_: object) -> None:
+        if self._centres is None:
+            raise invalid(f"Expected a job with a centre. Received: worker {worker} asks for one.")
+        self._centres.open(worker, message)
+
+    def _mix(
+        self, worker: int, request: pb.CentreRequest, payload: memoryview, outbox: Outbox | None
+    ) -> None:
+        """Serves a request about the centre; copying values does not hold the lock."""
+        with self._lock:
+            if not self._is_stream(worker, outbox):
+                return
+            self._hear(worker)
+            if self._centres is None:
+                raise invalid(
+                    f"Expected a job with a centre. Received: worker {worker} asks for one."
+                )
+            values = values_of(request, payload, self._memories.get(worker), worker)
+            if request.action == pb.CENTRE_GIVE:
+                self._centres.give(worker, request, values)
+                return
+            part = self._centres.claim(worker, request)
+        answer = part.serve(worker, request, values)
+        with self._lock:
+            if self._is_stream(worker, outbox):
+                self._streams[worker].put(answer)
 
     def _acknowledge(self, worker: int, spec: SliceSpec) -> None:
         """Lets a worker send more."""

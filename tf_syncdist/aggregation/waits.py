@@ -21,6 +21,7 @@ class Waits:
         starts: Mapping[int, Sequence[int]],
         members: Members,
         now: float,
+        centre: Sequence[int] = (),
     ) -> list[str]:
         """Returns the lines that are to be said now: one every ten seconds for each wait.
 
@@ -29,6 +30,7 @@ class Waits:
             starts: The workers that have sent no variables yet, for each run that waits for them.
             members: Who the workers are.
             now: Time, in seconds.
+            centre: The worker that is to give a centre for which others wait, if they do.
         """
         waits: dict[str, tuple[str, Sequence[int]]] = {}
         run = rounds.runs_over
@@ -41,6 +43,8 @@ class Waits:
         for start, absent in starts.items():
             what = f"the variables before run {start}"
             waits[what] = (what, absent)
+        if centre:
+            waits["the centre"] = ("the centre", centre)
         self._since = {what: self._since.get(what, now) for what in waits}
         self._said = {what: self._said.get(what, self._since[what]) for what in waits}
         lines = []

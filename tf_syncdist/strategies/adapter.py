@@ -4,9 +4,8 @@ Every use below says why no public way exists. Tried with TensorFlow 2.18 to 2.2
 3.15; with another version that has moved one of them, the error names what has moved.
 """
 
-import contextlib
+import functools
 import importlib
-import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from tf_syncdist.errors import UnsupportedVersionError
+from tf_syncdist.strategies.hooks import Hooks
 
 
 def _private(module: str, name: str) -> Any:
@@ -64,6 +64,15 @@ _select_replica = _private("tensorflow.python.distribute.distribute_utils", "sel
 _SyncOnReadVariable = _private("tensorflow.python.distribute.values", "SyncOnReadVariable")
 MirroredVariable = _private("tensorflow.python.distribute.values", "MirroredVariable")
 
+# A function that was traced once can be called with the variables of any learner.
+_ConcreteFunction = _private(
+    "tensorflow.python.eager.polymorphic_function.concrete_function", "ConcreteFunction"
+)
+_CALL_FLAT = _seam(_ConcreteFunction, "_call_flat")
+
+# Keras takes the number of batches of an epoch from the user's dataset, and asks no strategy.
+_EpochIterator = _private("keras.src.backend.tensorflow.trainer", "TFEpochIterator")
+
 # Whether Keras only wants to know shapes; it reads variables in a graph that nobody executes.
 in_symbolic_scope = _private("keras.src.backend.common.symbolic_scope", "in_symbolic_scope")
 
@@ -82,58 +91,6 @@ _PLAIN_ITERATOR = tf.distribute.InputOptions(
     experimental_fetch_to_device=False,
     experimental_replication_mode=tf.distribute.InputReplicationMode.PER_REPLICA,
 )
-
-
-class Hooks:
-    """What a strategy is asked while functions are traced. The defaults are for one worker."""
-
-    def carried(self) -> Callable[[], contextlib.AbstractContextManager]:
-        """Returns what a replica's thread enters to be seen as part of this one."""
-        return contextlib.nullcontext
-
-    def leaves_worker(self) -> bool:
-        """Returns whether reductions are over all workers now, and not over one's devices."""
-        return False
-
-    def all_reduce(self, reduce_op: tf.distribute.ReduceOp, values: list) -> list:
-        """Reduces values, already summed over this worker's devices, over all workers.
-
-        `tf.IndexedSlices` come from a worker with one device only; their result is a tensor.
-        """
-        del reduce_op
-        return values
-
-    def all_finite(self, optimizer: object, finite: tf.Tensor) -> tf.Tensor:
-        """Returns whether the gradients of all workers are finite, for a loss-scale optimizer."""
-        del optimizer
-        return finite
-
-    def on_gradient_of_exchange(self) -> None:
-        """Is told that an exchange is part of what is differentiated."""
-
-    def update(
-        self,
-        optimizer: object,
-        variables: list,
-        gradients: list,
-        learning_rate: Any,
-        apply: Callable[..., Any],
-    ) -> Any:
-        """Lets an optimizer update variables with reduced gradients.
-
-        Args:
-            optimizer: The optimizer.
-            variables: The variables.
-            gradients: Their gradients.
-            learning_rate: Of this update.
-            apply: Makes the update, given gradients and learning rate, of all variables or of those
-                with the numbers that are given besides.
-        """
-        del optimizer, variables
-        return apply(gradients, learning_rate)
-
-    def on_variable(self, variable: tf.Variable) -> None:
-        """Is told of every variable made under the strategy's scope."""
 
 
 class WorkerReplicaContext(tf.distribute.ReplicaContext):
@@ -389,17 +346,6 @@ def _zero_unless_finite(optimizer: keras.optimizers.LossScaleOptimizer, gradient
     return [g if g is None else cleaned(g) for g in gradients]
 
 
-def operation_threads() -> int:
-    """Returns how many operations TensorFlow executes at a time."""
-    return tf.config.threading.get_inter_op_parallelism_threads() or len(os.sched_getaffinity(0))
-
-
-def local_devices() -> list[str]:
-    """Returns this process's GPUs, or else its CPU devices."""
-    gpus = tf.config.list_logical_devices("GPU")
-    return [d.name for d in gpus or tf.config.list_logical_devices("CPU")]
-
-
 def convert(fn: Callable) -> Callable:
     """Returns a replica function converted by AutoGraph as its caller's status asks for."""
     return _tf_convert(fn, _control_status_ctx(), convert_by_default=False)
@@ -452,6 +398,26 @@ def global_seed_is_set() -> bool:
     return _global_seed() is not None
 
 
+def add_component(variable: tf.Variable, copy: tf.Variable) -> None:
+    """Gives a metric's variable one more copy; read, it is the sum or mean of all."""
+    variable._values = (*variable._values, copy)
+
+
+def keep_components(variable: tf.Variable, count: int) -> None:
+    """Leaves a metric's variable as many copies."""
+    variable._values = variable._values[:count]
+
+
+def call_with(function: Any, tensors: Sequence[tf.Tensor], captured: Sequence[tf.Tensor]) -> Any:
+    """Calls a concrete function with other captured tensors than those it was traced with."""
+    return getattr(function, _CALL_FLAT)(list(tensors), list(captured))
+
+
+def part_of(number: int, values: Any) -> Any:
+    """Returns a nest with one value in the place of each PerReplica value."""
+    return _select_replica(number, values)
+
+
 def per_replica(values: Sequence[Any]) -> Any:
     """Returns nests, one for each device of a worker, as one nest of PerReplica values."""
     return _regroup(tuple(values), always_wrap=True)
@@ -496,3 +462,42 @@ def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
     on; there is no public way from a callback. Tried with Keras 3.10 and 3.15.
     """
     model._initial_epoch = epoch
+
+
+def build(model: keras.Model, batch: Any) -> None:
+    """Builds a model with its metrics and its optimizer, as `fit` does where it begins."""
+    with model.distribute_strategy.scope():
+        getattr(model, _seam(model, "_symbolic_build"))(data_batch=batch)
+
+
+class _CountedAdapter:
+    """Keras' data adapter, with another number of batches in an epoch."""
+
+    def __init__(self, adapter: Any, num_batches: int) -> None:
+        self._adapter = adapter
+        self.num_batches = num_batches
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._adapter, name)
+
+
+def count_batches_of_shares() -> None:
+    """Lets Keras ask a distributed dataset how many batches an epoch has; done once.
+
+    Where a run takes several of the user's batches, an epoch has fewer runs than batches. A dataset
+    tells by an attribute `batches_per_epoch` that is not `None`.
+    """
+    original = _EpochIterator.__init__
+    if hasattr(original, "_tf_syncdist"):
+        return
+
+    @functools.wraps(original)
+    def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        count = getattr(self._distributed_dataset, "batches_per_epoch", None)
+        if count is not None:
+            self.data_adapter = _CountedAdapter(self.data_adapter, count)
+            self._num_batches = count
+
+    initialize._tf_syncdist = True
+    _EpochIterator.__init__ = initialize

@@ -49,7 +49,7 @@ def divide(dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int)
         # Without a known length nobody can say when the epoch ends for the others, so every
         # worker takes one piece of every batch, and b of the pieces are computed twice.
         return dataset.enumerate().map(
-            as_it_is(lambda k, batch: _piece(batch, tf.cast(k + worker, tf.int32) % pieces, pieces))
+            as_it_is(lambda k, batch: piece(batch, tf.cast(k + worker, tf.int32) % pieces, pieces))
         )
     mine = _deal(dataset.repeat(), pieces, worker, num_workers)
     return mine if cardinality == tf.data.INFINITE_CARDINALITY else mine.take(cardinality)
@@ -83,7 +83,7 @@ def split(dataset: tf.data.Dataset, devices: int) -> tf.data.Dataset:
     @as_it_is
     def cut(*batch: Any) -> Any:
         whole = _unstar(batch)
-        return adapter.per_replica([_piece(whole, tf.constant(i), devices) for i in range(devices)])
+        return adapter.per_replica([piece(whole, tf.constant(i), devices) for i in range(devices)])
 
     return dataset.map(cut)
 
@@ -148,6 +148,9 @@ class WorkerDataset(tf.distribute.DistributedDataset):
             last one ended. `None` if every iteration is a new one.
         builds: Whether Keras looks at a first batch to build the model, before it trains.
         on_iter: Called where an iteration begins.
+        batches_per_epoch: How many batches Keras is to announce, if not as many as the user's
+            dataset has.
+        spec: What a batch of one replica is like, if batches are PerReplica values.
     """
 
     def __init__(
@@ -156,7 +159,11 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         each: int | None,
         builds: bool,
         on_iter: Callable[[], None],
+        batches_per_epoch: int | None = None,
+        spec: Any = None,
     ) -> None:
+        self.batches_per_epoch = batches_per_epoch
+        self._spec = spec
         self._dataset = dataset
         self._each = each
         self._builds = builds
@@ -167,10 +174,11 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         self._on_iter()
         if self._builds:
             self._builds = False
-            if _tells_shapes(self._dataset.element_spec):
+            spec = self._dataset.element_spec if self._spec is None else self._spec
+            if _tells_shapes(spec):
                 # Keras wants shapes and dtypes only. What a generator is made to yield here would
                 # be missing in training, and not the same on every worker.
-                return iter([self._dataset.element_spec])
+                return iter([spec])
             return iter(self._dataset)
         if self._each is None:
             return iter(self._dataset)
@@ -225,12 +233,12 @@ def check_divisible(batch_size: int, pieces: int) -> None:
 def _deal(dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int) -> tf.data.Dataset:
     """Deals out the pieces of all batches in turn."""
     if num_workers == pieces:
-        return dataset.map(as_it_is(lambda *batch: _piece(_unstar(batch), worker, pieces)))
+        return dataset.map(as_it_is(lambda *batch: piece(_unstar(batch), worker, pieces)))
     return (
         dataset.enumerate()
         .map(as_it_is(lambda k, batch: (_first_piece(k, pieces, worker, num_workers), batch)))
         .filter(as_it_is(lambda index, batch: index < pieces))
-        .map(as_it_is(lambda index, batch: _piece(batch, index, pieces)))
+        .map(as_it_is(lambda index, batch: piece(batch, index, pieces)))
     )
 
 
@@ -243,7 +251,8 @@ def _first_piece(k: tf.Tensor, pieces: int, worker: int, num_workers: int) -> tf
     return tf.cast((worker - k * pieces) % num_workers, tf.int32)
 
 
-def _piece(batch: Any, index: Any, pieces: int) -> Any:
+def piece(batch: Any, index: Any, pieces: int) -> Any:
+    """Returns one of N pieces of a nest of tensors with a common batch axis."""
     sizes = [
         tf.shape(t, out_type=tf.int64)[0] for t in tf.nest.flatten(batch) if _has_batch_axis(t)
     ]

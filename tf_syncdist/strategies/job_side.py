@@ -1,12 +1,21 @@
-"""What a strategy tells of its job: who takes part, and how it went."""
+"""How a strategy takes part in its job, and what it tells of it: who is there, and how it went."""
+
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from tf_syncdist.cluster.roles import ClusterRole
 from tf_syncdist.observability.reports import Report
+from tf_syncdist.strategies import adapter
 from tf_syncdist.strategies.controller import LocalReport, RunController
-from tf_syncdist.strategies.lifetime import Membership
-from tf_syncdist.strategies.sites import Runs
+from tf_syncdist.strategies.epochs import EpochExchange
+from tf_syncdist.strategies.lifetime import Membership, say
+from tf_syncdist.strategies.seeds import Seeds
+from tf_syncdist.strategies.sites import Runs, Site
+from tf_syncdist.strategies.state import CommonState, optimizer_variables
+from tf_syncdist.strategies.stopping import Stopping
+from tf_syncdist.strategies.variables import VariableRegistry
 
 
 class JobSide:
@@ -15,9 +24,60 @@ class JobSide:
     _aggregate: int
     _cluster_resolver_given: tf.distribute.cluster_resolver.ClusterResolver | None
     _controller: RunController
+    _epochs: EpochExchange
     _member: Membership | None
+    _registry: VariableRegistry
     _role: ClusterRole
     _runs: Runs
+    _seeds: Seeds
+    _stopping: Stopping
+
+    def _take_part(self, state: CommonState, cut: Callable, **options: Any) -> None:
+        """Begins this worker's part in a job of several workers.
+
+        Args:
+            state: The variables that workers hold alike.
+            cut: See `RunController`, as for the options.
+            options: How runs are done.
+        """
+        session = self._member.session
+        self._controller = RunController(session, state, cut, self._before_run, say, **options)
+        self._epochs = EpochExchange(
+            session,
+            state,
+            lambda: self._controller.runs_done,
+            self._controller.mend,
+            lambda: self._controller.is_ahead,
+            self._controller.settle,
+        )
+        self._seeds = Seeds(self._registry, self.worker_index)
+        self._stopping = Stopping(session, lambda: self._controller.run)
+        self._runs.controller = self._controller
+        self._member.attach(self._controller)
+        self._has_common_seed = not adapter.global_seed_is_set()
+        self._set_common_seed()
+
+    def _set_common_seed(self) -> None:
+        # Workers divide a dataset by position, so they must shuffle it alike.
+        if self._has_common_seed:
+            tf.random.set_seed(self._member.session.job_seed)
+
+    def _before_run(self) -> None:
+        self._epochs.forget_sums()
+        self._stopping.before_run()
+
+    def _on_traced(self, site: Site) -> None:
+        for optimizer, _ in site.updates:
+            for variable in optimizer.variables:
+                self._registry.check(variable.value, variable.path)
+        used = self._registry.containers(site.variables)
+        written = used if site.written is None else self._registry.containers(site.written)
+        self._epochs.add(used, written, self._owned(site))
+        self._seeds.fold(site.variables or ())
+
+    def _owned(self, site: Site) -> list[tf.Variable]:
+        """Returns variables that are no statistics although training writes them."""
+        return optimizer_variables(site)
 
     @property
     def num_replicas_in_sync(self) -> int:

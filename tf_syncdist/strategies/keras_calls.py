@@ -20,7 +20,7 @@ from tf_syncdist.strategies import adapter
 from tf_syncdist.strategies.stopping import Stopping
 
 _METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
-_TRAINING = ("fit", "train_on_batch")
+TRAINING = ("fit", "train_on_batch")
 _WITH_PROGRESS_BAR = ("fit", "evaluate", "predict")
 
 
@@ -46,7 +46,7 @@ class KerasCall:
     @property
     def trains(self) -> bool:
         """Whether the method trains the model."""
-        return self.method in _TRAINING
+        return self.method in TRAINING
 
     @property
     def is_standard(self) -> bool:
@@ -99,7 +99,7 @@ def _wrap(original: Callable, method: str) -> Callable:
         strategy = self.distribute_strategy
         handler = getattr(strategy, "_keras_call", None)
         if handler is None:
-            if method in _TRAINING:
+            if method in TRAINING:
                 _check_scope(strategy)
             return original(self, *args, **kwargs)
         try:

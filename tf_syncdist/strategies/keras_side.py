@@ -90,14 +90,9 @@ class KerasSide:
         ):
             self._registry.check(variable.value, variable.path)
         if call.batch_size is not None:
-            inputs.check_divisible(call.batch_size, self._aggregate)
+            self._check_batch_size(call.batch_size)
         if call.method == "train_on_batch":
-            index = (self._controller.run + self.worker_index) % self._aggregate
-            for name in ("x", "y", "sample_weight"):
-                if arguments.get(name) is not None:
-                    arguments[name] = inputs.piece_of_arrays(
-                        arguments[name], index, self._aggregate
-                    )
+            self._take_from_batch(arguments)
             return
         self._seeds.fold()
         session = self._member.session
@@ -107,6 +102,17 @@ class KerasSide:
             self._stopping.after_epoch,
         )
         stack.enter_context(keras_calls.fitting(call.model, arguments, self._stopping, callback))
+
+    def _check_batch_size(self, batch_size: int) -> None:
+        """Raises a ValueError if the batch size of a fit cannot be."""
+        inputs.check_divisible(batch_size, self._aggregate)
+
+    def _take_from_batch(self, arguments: dict[str, Any]) -> None:
+        """Leaves this worker's share of the batch that `train_on_batch` is given."""
+        index = (self._controller.run + self.worker_index) % self._aggregate
+        for name in ("x", "y", "sample_weight"):
+            if arguments.get(name) is not None:
+                arguments[name] = inputs.piece_of_arrays(arguments[name], index, self._aggregate)
 
     def _begin_fit(self) -> int | None:
         """Meets the others; returns where to begin if the job is in progress."""

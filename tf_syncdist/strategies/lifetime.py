@@ -6,6 +6,8 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
+from typing import Protocol
 
 from tf_syncdist.cluster.child import ChildAggregator
 from tf_syncdist.cluster.interrupts import InterruptWatcher, exit_now
@@ -14,7 +16,6 @@ from tf_syncdist.cluster.supervision import SupervisedAggregator
 from tf_syncdist.errors import SyncDistError
 from tf_syncdist.observability.reports import CutoffReport, Report, WorkerReport
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
-from tf_syncdist.strategies.controller import RunController
 from tf_syncdist.transport.session import Session, SessionConfig
 
 # How long a worker that is done stays for those that are behind it (rule 9 of docs/semantics.md).
@@ -55,6 +56,21 @@ class Interrupted(SyncDistError, StopIteration):
     """
 
 
+class Controller(Protocol):
+    """What a membership asks of the runs of its worker."""
+
+    run: int
+    error: BaseException | None
+
+    def settle(self) -> None:
+        """Makes an update that waits, if there is one."""
+        ...
+
+    def answer_state_requests(self) -> None:
+        """Gives this worker's state to those that have asked for it."""
+        ...
+
+
 class Membership:
     """Connects a worker to its job, starting the service where that is this worker's duty.
 
@@ -78,7 +94,9 @@ class Membership:
         self._config = config
         self.failed = False
         self._print_report = print_report and role.task_index == 0
-        self._controller: RunController | None = None
+        self._controller: Controller | None = None
+        self._final_report: Callable[[], object] = self.report
+        self._on_close: Callable[[], None] = lambda: None
         self._closed = False
         self._child: SupervisedAggregator | None = None
         self._goodbye = threading.Lock()
@@ -122,9 +140,22 @@ class Membership:
         """Whether this worker has left the job."""
         return self._closed
 
-    def attach(self, controller: RunController) -> None:
-        """Names the controller whose runs this membership is about."""
+    def attach(
+        self,
+        controller: Controller,
+        report: Callable[[], object] | None = None,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Names the controller whose runs this membership is about.
+
+        Args:
+            controller: It.
+            report: Returns what is printed at the end; by default the counts of rounds.
+            on_close: Called when this worker has left the job.
+        """
+        self._on_close = on_close
         self._controller = controller
+        self._final_report = report or self.report
 
     def _interrupted(self, number: signal.Signals) -> None:
         session: Session | None = getattr(self, "session", None)
@@ -188,11 +219,12 @@ class Membership:
                 if not gone and not self.session.has_failed:
                     say(f"some workers were not done {seconds:g} s after this one")
                 if self._print_report and run:
-                    print(self.report(), flush=True)
+                    print(self._final_report(), flush=True)
         except Exception as e:  # noqa: BLE001 - the program is over; this must not hide its result
             _log.debug("while leaving the job: %s", e)
         finally:
             self._interrupts.close()
+            self._on_close()
             self.session.close()
             if self._child is not None:
                 self._child.close()

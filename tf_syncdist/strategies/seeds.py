@@ -53,11 +53,12 @@ class Seeds:
             state = copy.numpy()
             # Keras' generators count in the rest of the state and keep the first number.
             if replica and (ref() is not copy or first != state[0]):
-                copy.assign(_other(state, replica))
+                copy.assign(other_state(state, replica))
                 self._folded[id(copy)] = (weakref.ref(copy), int(copy.numpy()[0]))
 
 
-def _other(state: np.ndarray, replica: int) -> np.ndarray:
+def other_state(state: np.ndarray, replica: int) -> np.ndarray:
+    """Returns the state of a random generator with which a replica draws other numbers."""
     digest = hashlib.blake2b(f"{state.tolist()} {replica}".encode(), digest_size=4).digest()
     changed = state.copy()
     changed[0] = int.from_bytes(digest, "little") >> 1

@@ -19,6 +19,8 @@ from tf_syncdist.propagation.slices import TensorSpec
 from tf_syncdist.strategies import adapter, traces, watched
 from tf_syncdist.strategies.controller import Mode, RunController
 from tf_syncdist.strategies.deferred_updates import DeferredUpdate, parts
+from tf_syncdist.strategies.devices import operation_threads
+from tf_syncdist.strategies.hooks import Hooks
 from tf_syncdist.strategies.replays import Updates, apply_updates, foreign_change
 from tf_syncdist.strategies.variables import VariableRegistry, is_local
 
@@ -105,7 +107,7 @@ class Site:
         self.replaying = replaying
 
 
-class Runs(adapter.Hooks):
+class Runs(Hooks):
     """Turns `strategy.run(fn)` into runs.
 
     Args:
@@ -150,6 +152,17 @@ class Runs(adapter.Hooks):
             self.token = tf.Variable(0, dtype=tf.int64, trainable=False, name="tf_syncdist_run")
             # When the first and the last run ended, for a single worker without service.
             self._ends = tf.Variable([0.0, 0.0], dtype=tf.float64, trainable=False)
+
+    def count_alone(self) -> None:
+        """Counts a run of a worker without service."""
+        now = tf.timestamp()
+        self.token.assign_add(1, read_value=False)
+        self._ends.assign([tf.where(self._ends[0] > 0, self._ends[0], now), now])
+
+    def forget_count(self) -> None:
+        """Begins to count anew."""
+        self.token.assign(0)
+        self._ends.assign([0.0, 0.0])
 
     def counted_alone(self) -> tuple[int, float]:
         """Returns a single worker's updates, and the seconds from the first to the last."""
@@ -329,9 +342,7 @@ class Runs(adapter.Hooks):
     ) -> Any:
         site = self.site
         if self.controller is None:
-            now = tf.timestamp()
-            self.token.assign_add(1, read_value=False)
-            self._ends.assign([tf.where(self._ends[0] > 0, self._ends[0], now), now])
+            self.count_alone()
         if site is None:
             return apply(gradients, learning_rate)
         if not site.replaying:
@@ -379,7 +390,7 @@ class Runs(adapter.Hooks):
         if len(self.strategy.extended.worker_devices) > 1:
             self.say_not_deferred("workers have several devices")
             return None
-        if adapter.operation_threads() < 2:
+        if operation_threads() < 2:
             # Where an update is made between two runs, one of them is waiting for it.
             self.say_not_deferred(
                 "TensorFlow has a single thread for operations; see "

@@ -2,32 +2,28 @@
 
 import functools
 import itertools
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from tf_syncdist.cluster import roles
-from tf_syncdist.cluster.child import become_aggregator
 from tf_syncdist.cutoff import CutoffPolicy, serialize, waits_for_all
 from tf_syncdist.propagation import AutoPropagation, PriorityPropagation, Propagation
 from tf_syncdist.propagation import serialize as serialize_propagation
 from tf_syncdist.propagation.policies import cutter
 from tf_syncdist.strategies import adapter, inputs, keras_calls, options
-from tf_syncdist.strategies.controller import RunController
-from tf_syncdist.strategies.epochs import EpochExchange
+from tf_syncdist.strategies.devices import local_devices
 from tf_syncdist.strategies.graph_runs import run_in_graph
 from tf_syncdist.strategies.job_side import JobSide
+from tf_syncdist.strategies.joining import serve_or_join
 from tf_syncdist.strategies.keras_side import KerasSide
-from tf_syncdist.strategies.lifetime import Membership, say
-from tf_syncdist.strategies.seeds import Seeds
-from tf_syncdist.strategies.sites import Runs, Site
+from tf_syncdist.strategies.lifetime import Membership
+from tf_syncdist.strategies.lifted import Lifted
+from tf_syncdist.strategies.sites import Runs
 from tf_syncdist.strategies.sources import Source
-from tf_syncdist.strategies.state import CommonState, optimizer_variables
-from tf_syncdist.strategies.stopping import Stopping
+from tf_syncdist.strategies.state import CommonState
 from tf_syncdist.strategies.variables import VariableRegistry
-from tf_syncdist.transport.credentials import NO_CREDENTIALS
 from tf_syncdist.transport.session import SessionConfig
 
 
@@ -183,18 +179,16 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
         self._waits_for_all = waits_for_all(policy)
         self._cluster_resolver_given = cluster_resolver
         self._member: Membership | None = None
-        credentials = NO_CREDENTIALS
-        if role.num_workers > 1:
-            credentials = options.credentials(tls_cert, tls_key, tls_ca, token, insecure)
-        if role.is_aggregator:
-            become_aggregator(
-                role,
-                insecure,
-                tls=credentials.uses_tls,
-                variables=credentials.variables(),
-                record_trace=trace,
-            )
-        devices = adapter.local_devices()
+        credentials = serve_or_join(
+            role,
+            tls_cert=tls_cert,
+            tls_key=tls_key,
+            tls_ca=tls_ca,
+            token=token,
+            insecure=insecure,
+            record_trace=trace,
+        )
+        devices = local_devices()
         if role.num_workers > 1:
             config = SessionConfig(
                 addresses=role.service_addresses,
@@ -230,61 +224,21 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
             options.COMPRESSIONS[compression],
             isinstance(propagation, PriorityPropagation) and self._member is not None,
         )
-        self._lifted: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._lifted = Lifted(self.run)
         first_replica = role.task_index * len(devices)
         # MirroredExtended reads it from its strategy; two of them must not share their keys.
         self._collective_key_base = next(self._collective_keys)
         super().__init__(adapter.WorkerExtended(self, devices, first_replica, self._runs))
         if self._member is not None:
             cut = cutter(propagation, bucket_bytes, len(role.service_addresses), role.num_workers)
-            self._start(cut, nonfinite, propagation)
+            self._take_part(
+                CommonState(self._registry),
+                cut,
+                nonfinite=nonfinite,
+                overlaps=getattr(propagation, "overlap", True),
+                chooses=isinstance(propagation, AutoPropagation),
+            )
         keras_calls.install(self)
-
-    def _start(self, cut: Callable, nonfinite: str, propagation: Propagation) -> None:
-        session = self._member.session
-        state = CommonState(self._registry)
-        self._controller = RunController(
-            session,
-            state,
-            cut,
-            self._before_run,
-            say,
-            nonfinite=nonfinite,
-            overlaps=getattr(propagation, "overlap", True),
-            chooses=isinstance(propagation, AutoPropagation),
-        )
-        self._epochs = EpochExchange(
-            session,
-            state,
-            lambda: self._controller.runs_done,
-            self._controller.mend,
-            lambda: self._controller.is_ahead,
-            self._controller.settle,
-        )
-        self._seeds = Seeds(self._registry, self.worker_index)
-        self._stopping = Stopping(session, lambda: self._controller.run)
-        self._runs.controller = self._controller
-        self._member.attach(self._controller)
-        self._has_common_seed = not adapter.global_seed_is_set()
-        self._set_common_seed()
-
-    def _set_common_seed(self) -> None:
-        # Workers divide a dataset by position, so they must shuffle it alike.
-        if self._has_common_seed:
-            tf.random.set_seed(self._member.session.job_seed)
-
-    def _before_run(self) -> None:
-        self._epochs.forget_sums()
-        self._stopping.before_run()
-
-    def _on_traced(self, site: Site) -> None:
-        for optimizer, _ in site.updates:
-            for variable in optimizer.variables:
-                self._registry.check(variable.value, variable.path)
-        used = self._registry.containers(site.variables)
-        written = used if site.written is None else self._registry.containers(site.written)
-        self._epochs.add(used, written, optimizer_variables(site))
-        self._seeds.fold(site.variables or ())
 
     # Runs.
 
@@ -307,25 +261,13 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
         if self._member is None or self._runs.site is not None or self._is_local():
             return super().run(fn, args, kwargs, options)
         if adapter.is_tf_function(fn):
-            return self._lift(fn)(*args, **kwargs)
+            return self._lifted(fn)(*args, **kwargs)
         converted = adapter.convert(fn)
         once = functools.partial(super().run, converted, args, kwargs, options)
         if not tf.executing_eagerly():
             return run_in_graph(self._runs, once, (args, kwargs))
         call = keras_calls.current()
         return self._runs.run_eagerly(fn, once, call is not None and call.is_standard)
-
-    def _lift(self, fn: Callable) -> Callable:
-        """Puts the run inside of a tf.function that was given as replica function."""
-        lifted = self._lifted.get(fn)
-        if lifted is None:
-            python_function = fn.python_function
-
-            def run(*args: Any, **kwargs: Any) -> Any:
-                return self.run(python_function, args, kwargs)
-
-            lifted = self._lifted[fn] = adapter.with_python_function(fn, run)
-        return lifted
 
     # Input.
 

@@ -62,6 +62,9 @@ class SessionConfig(NamedTuple):
         runs_ahead: By how many runs this worker may be ahead of the last one it has finished.
         limit_gbps: How much may pass in each direction; 0 for no limit.
         timeline: Where it is recorded what slices do.
+        centre: How the service mixes models with a centre that it holds, serialized; empty if it
+            holds none.
+        serves: "host:port" at which this worker serves its own model; empty if it does not.
     """
 
     addresses: tuple[str, ...]
@@ -83,6 +86,8 @@ class SessionConfig(NamedTuple):
     runs_ahead: int = 0
     limit_gbps: float = 0.0
     timeline: Timeline | None = None
+    centre: str = ""
+    serves: str = ""
 
 
 class Link:
@@ -118,6 +123,8 @@ class Link:
         self._down_since: list[float | None] = [None for _ in config.addresses]
         self._leaving = False
         self._members: tuple[int, ...] = ()
+        self._first_welcome = pb.Welcome()
+        self._served_at: tuple[dict[int, str], dict[int, str]] = ({}, {})
         self._heartbeats: list[Heartbeat] = []
         self._lending: list[Lending | None] = [None for _ in config.addresses]
         self._opened = [Opened() for _ in config.addresses]
@@ -131,10 +138,27 @@ class Link:
         return self._connections[0].report()
 
     @property
+    def came_again(self) -> pb.EpochBegun | None:
+        """The job's epoch, if another process of this worker was there before; else `None`."""
+        with self._changed:
+            return self._first_welcome.epoch if self._first_welcome.again else None
+
+    @property
+    def served_at(self) -> tuple[dict[int, str], dict[int, str]]:
+        """Where workers serve their models: those that take part, and those that are done."""
+        with self._changed:
+            return self._served_at
+
+    @property
     def has_failed(self) -> bool:
         """Whether the connection to the service was lost or cancelled."""
         with self._changed:
             return self._error is not None
+
+    def check(self) -> None:
+        """Raises what has ended the connection, if anything has."""
+        with self._changed:
+            self._check()
 
     @property
     def limit_gbps(self) -> float:
@@ -204,6 +228,7 @@ class Link:
                     config.credentials,
                 )
             )
+        self._first_welcome = self._welcomes[0]
         self.job_seed = self._welcomes[0].job_seed
 
     def _await_welcome(self, shard: int) -> None:
@@ -242,6 +267,8 @@ class Link:
             propagation=config.propagation,
             credit_bytes=config.credit_bytes,
             runs_ahead=config.runs_ahead,
+            centre=config.centre,
+            serves=config.serves,
         )
         welcome = self._welcomes[shard]
         if welcome is not None:
@@ -345,6 +372,10 @@ class Link:
     def _on_members(self, shard: int, message: pb.Members, *_: object) -> None:
         if not shard:
             self._members = tuple(message.workers)
+            self._served_at = (
+                dict(zip(message.workers, message.addresses, strict=False)),
+                dict(zip(message.done, message.addresses_of_done, strict=False)),
+            )
 
     # How.
 

@@ -4,16 +4,17 @@ import time
 from collections.abc import Callable
 
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.transport.centre import CentreExchanging, Mixed
 from tf_syncdist.transport.endings import Ending
 from tf_syncdist.transport.gathers import Gathered, Gathering
 from tf_syncdist.transport.link import SessionConfig
 from tf_syncdist.transport.plans import PlanRelay
 from tf_syncdist.transport.states import State, StateTransfer
 
-__all__ = ["Gathered", "Session", "SessionConfig", "State"]
+__all__ = ["Gathered", "Mixed", "Session", "SessionConfig", "State"]
 
 
-class Session(Ending, Gathering, PlanRelay, StateTransfer):
+class Session(Ending, Gathering, PlanRelay, StateTransfer, CentreExchanging):
     """Everything a strategy needs from the service.
 
     Methods that wait take no timeout of their own: the session's deadline applies, and `cancel`
@@ -47,6 +48,12 @@ class Session(Ending, Gathering, PlanRelay, StateTransfer):
         with self._changed:
             self._wait(lambda: self._started is not None, "all workers to come")
             return self._started
+
+    def has_started(self) -> bool:
+        """Returns whether all workers have come, or the job was in progress already."""
+        with self._changed:
+            self._check()
+            return self._started is not None
 
     def goodbye(self, reason: int, run: int) -> None:
         """Tells the service that this worker does no more runs."""

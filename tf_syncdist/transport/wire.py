@@ -11,12 +11,17 @@ import numpy as np
 from google.protobuf.message import DecodeError
 
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.proto import tf_syncdist_peers_pb2 as peers_pb
 
 PROTOCOL = 6
 SERVICE = "tf_syncdist.v1.Aggregation"
 TRAIN = f"/{SERVICE}/Train"
 REPORT = f"/{SERVICE}/Report"
 BEAT = f"/{SERVICE}/Beat"
+PEERS = "tf_syncdist.v1.Peers"
+GREET = f"/{PEERS}/Greet"
+PULL = f"/{PEERS}/Pull"
+PUSH = f"/{PEERS}/Push"
 
 # Slices and states are cut to 1 MiB by the worker; metrics and batch-norm statistics, once per
 # epoch, are one message. Nothing legitimate is larger than this.
@@ -24,7 +29,12 @@ MAX_MESSAGE_BYTES = 256 * 2**20
 
 # Protobuf objects need far more memory than their bytes, so these are few: enough for the
 # manifest or the hashes of ten thousands of variables, and what the service adds to a worker's.
-_MAX_HEADER_BYTES = {pb.ToAggregator: 4 * 2**20, pb.ToWorker: 8 * 2**20}
+_MAX_HEADER_BYTES = {
+    pb.ToAggregator: 4 * 2**20,
+    pb.ToWorker: 8 * 2**20,
+    peers_pb.ToPeer: 2**16,
+    peers_pb.FromPeer: 2**16,
+}
 _MAX_FIELDS = 1000
 
 # What a worker sends at most, so that the service can send it on in one message.
@@ -53,7 +63,7 @@ _LEAST_PADDING = 4
 _MOST_PADDING = _LEAST_PADDING + (1 << 14) - 1
 _WIRE_VARINT, _WIRE_FIXED64, _WIRE_LENGTH, _WIRE_FIXED32 = 0, 1, 2, 5
 
-Message = TypeVar("Message", pb.ToAggregator, pb.ToWorker)
+Message = TypeVar("Message", pb.ToAggregator, pb.ToWorker, peers_pb.ToPeer, peers_pb.FromPeer)
 
 # The one way to make a bytes object that is filled afterwards.
 _new_bytes = ctypes.pythonapi.PyBytes_FromStringAndSize
@@ -65,7 +75,7 @@ class WireError(ValueError):
     """Bytes that are no message of the contract."""
 
 
-def encode(header: pb.ToAggregator | pb.ToWorker, *pieces: bytes | memoryview) -> bytes:
+def encode(header: Message, *pieces: bytes | memoryview) -> bytes:
     """Returns a message with `pieces`, one after the other, as its payload.
 
     Args:
@@ -134,7 +144,7 @@ def decode(cls: type[Message], data: bytes) -> tuple[Message, memoryview]:
     """Returns the header and a view of the payload of a message.
 
     Args:
-        cls: `ToAggregator` or `ToWorker`.
+        cls: `ToAggregator`, `ToWorker`, `ToPeer` or `FromPeer`.
         data: The bytes of the message.
 
     Raises:

@@ -1,0 +1,104 @@
+"""Finds out how many learners a device is given, before a fit begins."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tf_syncdist.mixing import tuning
+from tf_syncdist.strategies import adapter, learner_inputs
+from tf_syncdist.strategies.learner_runs import LearnerRuns
+from tf_syncdist.strategies.learners import Learners
+from tf_syncdist.strategies.lifetime import say
+
+# Each measurement is the median of so many, of so many seconds or more, each.
+_WINDOWS, _WINDOW_SECONDS = 5, 0.04
+# Much more than one has ever been worth while; each takes memory.
+_MOST = 32
+
+
+def tune(
+    runs: LearnerRuns,
+    learners: Learners,
+    model: keras.Model,
+    dataset: tf.data.Dataset,
+    batch_size: int | None,
+    clock: Callable[[], float] = time.perf_counter,
+) -> int:
+    """Returns how many learners this worker should have, and says what it has tried.
+
+    It trains with a batch of the training input over and over, while learners are added; then all
+    variables are what they were. Nothing travels meanwhile.
+
+    Args:
+        runs: Its runs.
+        learners: Its learners; they are left in the number that is returned.
+        model: The model that is about to be trained.
+        dataset: Its input, batched.
+        batch_size: The size of its batches, if that is known.
+        clock: Returns the time in seconds; monotonic.
+    """
+    batch = _first_batch(dataset, batch_size)
+    if batch is None:
+        say("learners_per_device='auto' is 1, since input of unknown length is not read twice")
+        return learners.num_devices
+    adapter.build(model, batch)
+    model.make_train_function(force=True)
+    before = [(v, [c.numpy() for c in adapter.components(v)]) for v in runs.registry.alive()]
+    tuner = tuning.Tuner()
+    size = batch_size or len(tf.nest.flatten(batch)[0])
+    try:
+        runs.keep_traces(True)
+        while not tuner.done:
+            learners.resize(tuner.learners * learners.num_devices)
+            rate = _runs_per_second(model, batch, learners.count, clock)
+            tuner = tuning.measured(tuner, rate * learners.count * size, most=_MOST)
+    finally:
+        runs.keep_traces(False)
+        learners.resize(tuner.learners * learners.num_devices)
+        _restore(runs, before)
+        learners.restart()
+    say("learners per device\n" + tuning.table(tuner))
+    return learners.count
+
+
+def _restore(runs: LearnerRuns, before: list[tuple[tf.Variable, list[np.ndarray]]]) -> None:
+    known = {id(v) for v, _ in before}
+    for variable, values in before:
+        for copy, value in zip(adapter.components(variable), values, strict=False):
+            copy.assign(value)
+    for variable in runs.registry.alive():
+        if id(variable) not in known:
+            # The strategy's own, such as the central model's momentum, are zero at first.
+            variable.assign(tf.zeros_like(variable))
+    runs.forget_count()
+
+
+def _first_batch(dataset: tf.data.Dataset, batch_size: int | None) -> Any:
+    # What Keras makes of arrays does not tell its length either, but costs nothing to read.
+    if batch_size is None and int(dataset.cardinality()) == tf.data.UNKNOWN_CARDINALITY:
+        return None
+    for batch in dataset.take(1):
+        return batch
+    return None
+
+
+def _runs_per_second(
+    model: keras.Model, batch: Any, learners: int, clock: Callable[[], float]
+) -> float:
+    same = tf.data.Dataset.from_tensors(batch).repeat()
+    iterator = iter(learner_inputs.share(same, learners, 0, 1).dataset)
+    steps = model.steps_per_execution
+    for _ in range(2):
+        model.train_function(iterator)
+    rates = []
+    for _ in range(_WINDOWS):
+        begin, count = clock(), 0
+        while (seconds := clock() - begin) < _WINDOW_SECONDS:
+            model.train_function(iterator)
+            count += steps
+        rates.append(count / seconds)
+    return float(np.median(rates))

@@ -1,0 +1,228 @@
+"""A worker's gossip: after some steps it mixes its model with that of a partner, drawn at random.
+
+Without TensorFlow: models come and go as flat arrays. One thread at a time may use it.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from tf_syncdist.errors import WaitTimeoutError
+from tf_syncdist.mixing import gossip
+from tf_syncdist.transport.models import Model, ModelFormat
+from tf_syncdist.transport.partners import Partners
+from tf_syncdist.transport.peer_server import PeerServer
+from tf_syncdist.transport.states import Spec
+
+MODES = ("pull", "push")
+
+_LOOK_SECONDS = 0.05
+
+
+class GossipCounts(NamedTuple):
+    """What a worker's gossip has come to.
+
+    Args:
+        exchanges: How often it drew a partner.
+        with_itself: How often the partner was itself.
+        failed: How often the partner did not answer.
+        mixed: How many models of others it has mixed with its own.
+        staleness_sum: For models that were pulled, by how many steps they were behind this
+            worker's own (or ahead of it), summed up.
+        staleness_max: The most of that.
+    """
+
+    exchanges: int = 0
+    with_itself: int = 0
+    failed: int = 0
+    mixed: int = 0
+    staleness_sum: int = 0
+    staleness_max: int = 0
+
+
+class Gossip:
+    """Mixes one worker's model with those of others.
+
+    Args:
+        mode: "pull" averages with the model that the partner has shown last, "push" hands the
+            worker's own over and averages with what others have handed to it.
+        worker: This worker.
+        candidates: The workers among which a partner is drawn, this one included.
+        server: Serves this worker's model.
+        partners: Calls the others.
+        addresses: Returns where the workers are: those that take part, and those that are done.
+        seed: Of the draws.
+
+    Attributes:
+        counts: See `GossipCounts`.
+    """
+
+    def __init__(
+        self,
+        mode: str,
+        worker: int,
+        candidates: Sequence[int],
+        server: PeerServer,
+        partners: Partners,
+        addresses: Callable[[], tuple[Mapping[int, str], Mapping[int, str]]],
+        seed: int,
+    ) -> None:
+        self._mode = mode
+        self._worker = worker
+        self._candidates = tuple(candidates)
+        self._server = server
+        self._partners = partners
+        self._addresses = addresses
+        self._random = np.random.default_rng([seed, worker])
+        self._models: ModelFormat | None = None
+        self.counts = GossipCounts()
+
+    def start(
+        self,
+        variables: Sequence[Spec],
+        values: list[np.ndarray],
+        job_seed: int,
+        timeout_seconds: float,
+        check: Callable[[], None],
+        is_first: bool = True,
+    ) -> list[np.ndarray]:
+        """Returns the model with which this worker begins.
+
+        That is the model of the worker that is furthest, if any trains these variables already. At
+        the start of a job none does; then all begin with worker 0's, and later with their own.
+
+        Args:
+            variables: Name, dtype and shape of the variables.
+            values: This worker's own, as flat arrays.
+            job_seed: Names the job.
+            timeout_seconds: How long to wait for worker 0.
+            check: Raises an error where the wait is to end.
+            is_first: Whether this is the worker's first model. Only then it waits for worker 0, and
+                all workers must have the same variables.
+
+        Raises:
+            ModelMismatchError: If another worker trains other variables.
+            WaitTimeoutError: If no model comes.
+        """
+        models = self._models = ModelFormat(variables, job_seed, self._worker)
+        self._server.begin(job_seed, models)
+        deadline = time.monotonic() + timeout_seconds
+        while (model := self._found(models, is_first)) is None and self._worker and is_first:
+            check()
+            if time.monotonic() > deadline:
+                raise WaitTimeoutError(
+                    f"Worker {self._worker} waited {timeout_seconds:g} s for a model to begin "
+                    "with, worker 0's at the start, as long as `timeout_seconds` allows. Look at "
+                    "worker 0's log."
+                )
+            time.sleep(_LOOK_SECONDS)
+        model = model or Model(0, values)
+        self._server.publish(model)
+        return model.values
+
+    def exchange(self, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
+        """Returns a worker's model after it was mixed, if it was.
+
+        Args:
+            step: How many steps the worker has taken.
+            values: Its model as flat arrays.
+
+        Returns:
+            New arrays, or the very list that was given if nothing was mixed.
+        """
+        live, _ = self._look_around()
+        parts = self._server.publish(Model(step, values))
+        there = self._partners.present(
+            c for c in self._candidates if c in live or c == self._worker
+        )
+        partner = there[gossip.drawn(self._random, len(there))]
+        is_self = partner == self._worker
+        self._count(exchanges=1, with_itself=is_self)
+        if self._mode == "pull":
+            return values if is_self else self._pull(partner, step, values)
+        if not is_self and not self._partners.push(partner, self._models, parts):
+            self._count(failed=1)
+        pushed = self._server.take_pushed()
+        if not pushed.count:
+            return values
+        mixed = [
+            gossip.pushed(value, inbox, is_self)
+            for value, inbox in zip(values, pushed.inboxes, strict=True)
+        ]
+        self._count(mixed=pushed.count)
+        return mixed
+
+    def average(self, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
+        """Returns the mean of the models of all workers that answer, this one's included.
+
+        Args:
+            step: How many steps this worker has taken.
+            values: Its model as flat arrays.
+        """
+        live, done = self._look_around()
+        self._server.publish(Model(step, values))
+        total = [v.astype(np.float64) for v in values]
+        count = 1
+        for worker in self._partners.present(sorted({*live, *done} - {self._worker})):
+            model = self._partners.pull(worker, self._models)
+            if model is not None:
+                count += 1
+                for t, v in zip(total, model.values, strict=True):
+                    t += v
+        return [(t / count).astype(v.dtype) for t, v in zip(total, values, strict=True)]
+
+    # How.
+
+    def _look_around(self) -> tuple[Mapping[int, str], Mapping[int, str]]:
+        live, done = self._addresses()
+        self._partners.update({**done, **live})
+        return live, done
+
+    def _found(self, models: ModelFormat, compares: bool) -> Model | None:
+        """Returns the model of the worker that is furthest, if any has one."""
+        live, _ = self._look_around()
+        found = []
+        for worker in self._partners.present(sorted(set(live) - {self._worker})):
+            reply = self._partners.greet(worker)
+            if reply is not None:
+                if reply.variables and compares:
+                    models.compare(reply)
+                if reply.has_model and models.is_of(reply):
+                    found.append((reply.step, worker))
+        for _, worker in sorted(found, reverse=True):
+            model = self._partners.pull(worker, models)
+            if model is not None:
+                return model
+        return None
+
+    def _pull(self, partner: int, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
+        model = self._partners.pull(partner, self._models)
+        if model is None:
+            self._count(failed=1)
+            return values
+        behind = abs(step - model.step)
+        self._count(mixed=1, staleness_sum=behind)
+        self.counts = self.counts._replace(staleness_max=max(self.counts.staleness_max, behind))
+        return [gossip.pulled(v, [other]) for v, other in zip(values, model.values, strict=True)]
+
+    def _count(self, **more: int) -> None:
+        counts = self.counts
+        self.counts = counts._replace(**{n: getattr(counts, n) + int(v) for n, v in more.items()})
+
+
+def distance(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:
+    """Returns the root mean square of the differences between two models.
+
+    Args:
+        one: Flat arrays.
+        other: As many, of the same sizes.
+    """
+    size = sum(v.size for v in one)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = sum(
+            float(np.sum(np.square(a - b, dtype=np.float64)))
+            for a, b in zip(one, other, strict=True)
+        )
+    return float(np.sqrt(squares / size)) if size else 0.0
