@@ -49,6 +49,9 @@ flags.DEFINE_string(
 flags.DEFINE_integer(
     "seed", 1, "Seed of the weights, the order of the data and the delays.", lower_bound=0
 )
+flags.DEFINE_string(
+    "record_trace", None, "File in which it is recorded how long each worker takes for each round."
+)
 flags.DEFINE_string("summary_dir", None, "Directory in which worker I writes worker-I.json.")
 
 # Each optimizer with a learning rate that suits the models below.
@@ -221,7 +224,9 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Expected only flags. Received: {argv[1:]}. Write --name=value.")
     slow = {flag: parse_slowness(flag, FLAGS[flag].value) for flag in ("slow_worker", "slow_input")}
     # A `ps` task does its work inside this call and ends there; only workers come back from it.
-    strategy = tf_syncdist.SyncReplicasStrategy(backup_workers=FLAGS.backup_workers)
+    strategy = tf_syncdist.SyncReplicasStrategy(
+        backup_workers=FLAGS.backup_workers, record_trace=FLAGS.record_trace
+    )
     slow_worker = make_sleeper("slow_worker", slow["slow_worker"], strategy)
     slow_input = make_sleeper("slow_input", slow["slow_input"], strategy)
     keras.utils.set_random_seed(FLAGS.seed)

@@ -46,6 +46,12 @@ _MAX_WORKER_BYTES = flags.DEFINE_integer(
 _MAX_SECONDS = flags.DEFINE_float(
     "max_seconds", 30 * 24 * 3600.0, "Give up serving after this long, in seconds."
 )
+_RECORD_TRACE = flags.DEFINE_string(
+    "record_trace",
+    "",
+    "File in which it is recorded how long workers take for each round. Only of use for the first "
+    "of several services, which knows of all exchanges. Default: none.",
+)
 _PARENT_FD = flags.DEFINE_integer(
     "parent_fd", -1, "File descriptor of a pipe; its end of file means that the parent is gone."
 )
@@ -77,6 +83,7 @@ def main(argv: list[str]) -> None:
             credentials,
             (lambda _: None) if _QUIET.value else _say,
             Limits(_MAX_WORKER_BYTES.value),
+            _RECORD_TRACE.value,
         )
     except (ValueError, OSError) as e:
         sys.exit(f"tf_syncdist aggregator: {e}")

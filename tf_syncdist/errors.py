@@ -7,8 +7,10 @@ __all__ = [
     "CredentialsError",
     "ModelMismatchError",
     "NonFiniteGradientError",
+    "RunTimeModelError",
     "ServiceError",
     "SyncDistError",
+    "TraceError",
     "UnsupportedVersionError",
     "WaitTimeoutError",
 ]
@@ -63,6 +65,13 @@ class NonFiniteGradientError(SyncDistError, FloatingPointError):
     """
 
 
+class RunTimeModelError(SyncDistError, ValueError):
+    """A file with a model of the workers' run-times cannot be used, or is of other workers.
+
+    See docs/errors.md#runtimemodelerror.
+    """
+
+
 class ServiceError(SyncDistError, RuntimeError):
     """The aggregation service refused a message or went away.
 
@@ -74,6 +83,13 @@ class WaitTimeoutError(SyncDistError, TimeoutError):
     """A wait for other workers passed its deadline.
 
     See docs/errors.md#waittimeouterror.
+    """
+
+
+class TraceError(SyncDistError, ValueError):
+    """A trace of run-times cannot be used, or is of other workers.
+
+    See docs/errors.md#traceerror.
     """
 
 

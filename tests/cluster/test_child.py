@@ -239,6 +239,8 @@ def test_loopback_addresses_are_served_as_they_are(address: str, host: str) -> N
     command = child.command(address, insecure=False)
     assert {"--port=7", f"--host={host}"} <= set(command) and "--insecure" not in command
     assert command == child.command(address, insecure=True)
+    recording = child.command(address, insecure=True, record_trace="/tmp/trace.npz")
+    assert set(recording) - set(command) == {"--record_trace=/tmp/trace.npz"}
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,19 @@ import json
 import pytest
 
 from tf_syncdist import cutoff
-from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync, SliceView, policies
+from tf_syncdist.cutoff import (
+    BackupWorkers,
+    CutoffPolicy,
+    Deadline,
+    Elfving,
+    FullSync,
+    OrderStatistics,
+    SliceView,
+    policies,
+)
 
 POLICIES = [FullSync(), BackupWorkers(0), BackupWorkers(1), BackupWorkers(3)]
+OTHERS = [Deadline(0.5), Deadline(2, min_fraction=1), Elfving(7), OrderStatistics(3, 0.5)]
 
 
 def view(contributions: int, possible: int, num_workers: int) -> SliceView:
@@ -55,11 +65,11 @@ def test_a_number_of_backup_workers_that_is_none_is_refused(b: object) -> None:
     assert type(b).__name__ in str(error.value)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", POLICIES + OTHERS)
 def test_a_policy_arrives_as_it_left(policy: CutoffPolicy) -> None:
     text = cutoff.serialize(policy)
     assert cutoff.deserialize(text) == policy
-    assert type(policy)(**policy.get_config()) == policy
+    assert type(policy).from_config(policy.get_config()) == policy
     # All workers must say the same, letter by letter.
     assert text == cutoff.serialize(cutoff.deserialize(text))
 
@@ -84,7 +94,7 @@ class Homemade:
 
 def test_only_policies_that_the_service_knows_are_serialized() -> None:
     for stranger in (Homemade(), type("FullSync", (Homemade,), {})(), FullSync, None):
-        with pytest.raises(ValueError, match="BackupWorkers, FullSync") as error:
+        with pytest.raises(ValueError, match="BackupWorkers, .*FullSync") as error:
             cutoff.serialize(stranger)
         assert "cutoff=" in str(error.value)
 
@@ -112,9 +122,12 @@ def test_only_policies_that_the_service_knows_are_serialized() -> None:
         '{"class_name": "BackupWorkers", "config": {"b": 1.5}}',
         '{"class_name": "BackupWorkers", "config": {"b": true}}',
         '{"class_name": "BackupWorkers", "config": {"b": 1, "c": 2}}',
+        '{"class_name": "Deadline", "config": {"seconds": -1}}',
+        '{"class_name": "Elfving", "config": {"window": 0}}',
+        '{"class_name": "OrderStatistics", "config": {"min_fraction": 2}}',
         "[" * 100_000,
     ],
-    ids=range(21),
+    ids=range(24),
 )
 def test_other_texts_are_refused_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match="Expected a cutoff policy such as") as error:

@@ -1,6 +1,6 @@
 """The lines of a report."""
 
-from tf_syncdist.observability.reports import Report, WorkerReport
+from tf_syncdist.observability.reports import CutoffReport, Report, WorkerReport
 
 
 def test_every_worker_has_a_line_that_says_how_it_did() -> None:
@@ -51,3 +51,20 @@ def test_what_was_refused_has_a_line_of_its_own() -> None:
         "the service refused 15 times: 12 x call without the job's token, 3 x stream too many",
     ]
     assert len(str(Report(2, workers)).splitlines()) == 2
+
+
+def test_what_a_cutoff_policy_has_chosen_is_a_line() -> None:
+    workers = (WorkerReport(0, 20, 0, 0, 0, 0, 0.0), WorkerReport(1, 17, 3, 0, 0, 0, 0.0))
+    told = CutoffReport("Deadline(seconds=1)", 20, 1.85, 1, 2, 0.5, None, "", "")
+    *_, line = str(Report(20, workers, cutoff=told)).splitlines()
+    assert line == (
+        "Deadline(seconds=1) closed the last 20 rounds with 1 to 2 of 2 contributions "
+        "(mean 1.9), after 0.5 s"
+    )
+    told = told._replace(expected_seconds=0.4567, reason="of the test", failure="it broke")
+    *_, line = str(Report(20, workers, cutoff=told)).splitlines()
+    assert line.endswith(
+        "after 0.5 s where 0.457 s were expected; of the test; then full sync, because it broke"
+    )
+    *_, line = str(Report(0, workers, cutoff=told._replace(rounds=0, failure=""))).splitlines()
+    assert line == "Deadline(seconds=1) has not closed a round yet"

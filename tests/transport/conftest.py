@@ -152,6 +152,7 @@ class Service:
         shards: Number of shards.
         credentials: What the shards demand.
         limits: What they allow.
+        record_trace: Where the first one records how long workers take.
         **config: Changes of `SessionConfig` for all workers.
     """
 
@@ -162,11 +163,17 @@ class Service:
         shards: int = 1,
         credentials: Credentials = NO_CREDENTIALS,
         limits: Limits = DEFAULT_LIMITS,
+        record_trace: str = "",
         **config: Any,
     ) -> None:
         self.events: list[str] = []
         self.servers = [
-            AggregatorServer(credentials=credentials, on_event=self.events.append, limits=limits)
+            AggregatorServer(
+                credentials=credentials,
+                on_event=self.events.append,
+                limits=limits,
+                record_trace=record_trace,
+            )
             for _ in range(shards)
         ]
         self.notices: list[list[str]] = [[] for _ in range(num_workers)]

@@ -183,7 +183,7 @@ def test_requests_for_states_do_not_pile_up() -> None:
 def test_results_for_a_worker_far_behind_are_few_if_they_are_small(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tf_syncdist.aggregation.rounds._MOST_RUNS_KEPT", 50)
+    monkeypatch.setattr("tf_syncdist.aggregation.history._MOST_RUNS_KEPT", 50)
     job = Job()
     for worker in range(2):
         job.join(hello(worker, 2, 1, history_bytes=2**62, history_rounds=4))

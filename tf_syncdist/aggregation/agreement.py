@@ -6,14 +6,28 @@ from tf_syncdist.aggregation.records import RoundError, SliceKey, SliceSpec
 
 
 class SliceState:
-    """A slice of a run that is not forgotten."""
+    """A slice of a run that is not forgotten.
 
-    __slots__ = ("closed", "contributors", "spec")
+    Args:
+        spec: What workers agree on.
+
+    Attributes:
+        contributors: The workers that are in it, in the order of their arrival.
+        possible: How many may be in it at most.
+        stamp: What was known of the workers when that was counted.
+        closed: Whether no more are accepted.
+        wait_until: When to ask the policy again about it.
+    """
+
+    __slots__ = ("closed", "contributors", "possible", "spec", "stamp", "wait_until")
 
     def __init__(self, spec: SliceSpec) -> None:
         self.spec = spec
-        self.contributors: list[int] = []
+        self.contributors: dict[int, None] = {}
+        self.possible = 0
+        self.stamp = -1
         self.closed = False
+        self.wait_until: float | None = None
 
 
 def check_spec(worker: int, key: SliceKey, agreed: SliceSpec, spec: SliceSpec) -> None:

@@ -1,5 +1,6 @@
 """Who takes part in a job on one shard, from the first process to the last."""
 
+import math
 import random
 import threading
 import time
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from tf_syncdist import cutoff
 from tf_syncdist.aggregation import waits
 from tf_syncdist.aggregation.admission import invalid
+from tf_syncdist.aggregation.cutoff_relay import CutoffRelay
 from tf_syncdist.aggregation.delivery import WINDOW_RUNS, Delivery
 from tf_syncdist.aggregation.end_relay import EndRelay
 from tf_syncdist.aggregation.gather_relay import GatherRelay
@@ -16,6 +18,8 @@ from tf_syncdist.aggregation.limits import Quotas, default_worker_bytes
 from tf_syncdist.aggregation.membership import Members
 from tf_syncdist.aggregation.memory import ResultMemory, WorkerMemory
 from tf_syncdist.aggregation.outbox import Outbox, Streams
+from tf_syncdist.aggregation.planning import Planning
+from tf_syncdist.aggregation.recording import TraceFile
 from tf_syncdist.aggregation.records import Closed
 from tf_syncdist.aggregation.relays import StateRelay
 from tf_syncdist.aggregation.restoring import Restoring
@@ -33,6 +37,10 @@ class Attendance:
         clock: Returns the time in seconds; monotonic.
         on_event: Called with one line for the service's log.
         worker_bytes: How many bytes one worker may make the service keep; see `limits.Limits`.
+        record_trace: File for the workers' times of each round; empty for none.
+
+    Attributes:
+        on_alarm: Called, with the lock held, when something has to be done earlier than was said.
     """
 
     def __init__(
@@ -40,7 +48,11 @@ class Attendance:
         clock: Callable[[], float] = time.monotonic,
         on_event: Callable[[str], None] = lambda text: None,
         worker_bytes: int = 0,
+        record_trace: str = "",
     ) -> None:
+        self.on_alarm: Callable[[], None] = lambda: None
+        self._record_trace = record_trace
+        self._sleeps_until = -math.inf
         self._worker_bytes = worker_bytes or default_worker_bytes()
         self.done = threading.Event()
         self._clock = clock
@@ -81,10 +93,11 @@ class Attendance:
                 hello.history_bytes,
                 hello.min_workers,
                 hello.runs_ahead,
+                follows=hello.shard > 0,
             )
         except ValueError as e:
             raise invalid(str(e)) from e
-        if hello.deterministic and rounds.replicas_to_aggregate != hello.num_workers:
+        if hello.deterministic and not cutoff.waits_for_all(policy):
             raise invalid(
                 "Expected a policy that waits for all workers, because sums are to be made in "
                 f"their order. Received: cutoff={hello.cutoff}."
@@ -99,11 +112,13 @@ class Attendance:
         self._inbox = Inbox()
         self._gathers = GatherRelay(
             hello.num_workers,
-            policy,
+            rounds.cutoff,
             self._streams,
             rounds.begun,
             lambda: rounds.awaited,
+            lambda: rounds.last_plan,
         )
+        self._cutoffs = self._cutoff_relay(hello, policy, rounds)
         self._ends = EndRelay(
             hello.num_workers,
             rounds,
@@ -125,6 +140,47 @@ class Attendance:
         self._waits = waits.Waits()
         self._present = set(range(hello.num_workers))
         self._hello = hello
+
+    def _cutoff_relay(
+        self, hello: pb.Hello, policy: cutoff.CutoffPolicy, rounds: Rounds
+    ) -> CutoffRelay:
+        is_first = not hello.shard
+        planner, is_planned = None, True
+        try:
+            planner = policy.planner(hello.num_workers)
+            is_planned = planner is not None
+        except Exception as e:  # noqa: BLE001 - no policy is worth a job
+            # The other shards do not need what is missing.
+            if is_first:
+                rounds.cutoff.fail("begin to plan", e)
+        relay = CutoffRelay(
+            policy, is_planned, rounds, self._streams, hello.num_shards, is_first, self._on_event
+        )
+        if is_first and (planner is not None or self._record_trace):
+            trace = None
+            if self._record_trace:
+                trace = TraceFile(self._record_trace, hello.num_workers, self._on_event)
+            relay.planning = Planning(
+                planner,
+                hello.num_workers,
+                self._on_plan,
+                self._on_planner_failed,
+                self._on_event,
+                trace,
+            )
+        return relay
+
+    def _on_plan(self, run: int, plan: cutoff.Plan) -> None:
+        """Takes a plan for a round; called by the thread that plans."""
+        with self._lock:
+            if not self._frozen:
+                self._close(self._rounds.set_plan(run, plan, self._clock()))
+        self._publish()
+
+    def _on_planner_failed(self, what: str, error: Exception) -> None:
+        with self._lock:
+            self._rounds.cutoff.fail(what, error)
+            self._close(())
 
     def _givers(self) -> set[int]:
         """Returns the workers that have a state to give: those that have left, too."""
@@ -166,6 +222,7 @@ class Attendance:
         self._gathers.catch_up(worker)
         for segment in self._memory.offers() if self._streams[worker].opened is not None else ():
             self._streams.tell(worker, pb.ToWorker(segment=segment))
+        self._cutoffs.catch_up(worker)
         self._delivery.catch_up(worker)
 
     # Being started again.
@@ -288,3 +345,19 @@ class Attendance:
         self._delivery.close(closed)
         self._turned.notify_all()
         self._withheld.ask(self._rounds.awaited)
+        self._cutoffs.look(closed, self._clock())
+        self._set_alarm()
+
+    def _wake_at(self) -> float:
+        """Returns when to ask the policy again."""
+        times = (self._rounds.wake_at, self._gathers.wake_at)
+        return min((t for t in times if t is not None), default=math.inf)
+
+    def _set_alarm(self) -> None:
+        """Tells whoever sleeps until later."""
+        if self._wake_at() < self._sleeps_until:
+            self._sleeps_until = -math.inf
+            self.on_alarm()
+
+    def _publish(self) -> None:
+        raise NotImplementedError

@@ -4,10 +4,16 @@ from tf_syncdist.aggregation.rounds import Fate, Rounds
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 
 
-def reply(rounds: Rounds) -> pb.ReportReply:
-    """Returns what the rounds have counted so far."""
+def reply(rounds: Rounds, cutoff: pb.CutoffReport | None = None) -> pb.ReportReply:
+    """Returns what the rounds have counted so far.
+
+    Args:
+        rounds: The rounds.
+        cutoff: What the cutoff policy has chosen, if it chooses.
+    """
     return pb.ReportReply(
         rounds=rounds.rounds,
+        cutoff=cutoff,
         workers=[
             pb.WorkerReport(
                 worker=index,

@@ -6,9 +6,10 @@ import numpy as np
 
 from tf_syncdist.aggregation import sums
 from tf_syncdist.aggregation.admission import invalid
+from tf_syncdist.aggregation.cutoffs import Cutoff
 from tf_syncdist.aggregation.gathers import GatherKey, Gathers, Part, RecentResults
 from tf_syncdist.aggregation.outbox import Streams
-from tf_syncdist.cutoff import CutoffPolicy
+from tf_syncdist.cutoff import Plan
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
@@ -22,17 +23,19 @@ class GatherRelay:
         streams: The connected workers.
         begun: Tells how many runs a worker has begun.
         awaited: Returns the workers that take part.
+        plan: Returns the last plan of a round.
     """
 
     def __init__(
         self,
         num_workers: int,
-        policy: CutoffPolicy,
+        policy: Cutoff,
         streams: Streams,
         begun: Callable[[int], int],
-        awaited: Callable[[], set[int]],
+        awaited: Callable[[], Collection[int]],
+        plan: Callable[[], Plan | None],
     ) -> None:
-        self._gathers = Gathers(num_workers, policy, begun, awaited)
+        self._gathers = Gathers(num_workers, policy, begun, awaited, plan)
         self._streams = streams
         self._begun = begun
         self._totals: dict[GatherKey, np.ndarray] = {}
@@ -42,6 +45,11 @@ class GatherRelay:
     def waiting(self) -> bool:
         """Whether a gather is open."""
         return self._gathers.waiting
+
+    @property
+    def wake_at(self) -> float | None:
+        """When to call `close` if nothing changes before, in seconds; `None` for never."""
+        return self._gathers.wake_at
 
     def add(self, worker: int, message: pb.Gather, payload: memoryview, now: float) -> None:
         """Adds a worker's values."""

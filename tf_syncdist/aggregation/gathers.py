@@ -3,8 +3,9 @@
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
+from tf_syncdist.aggregation.cutoffs import Alarms, Cutoff
 from tf_syncdist.aggregation.records import RoundError
-from tf_syncdist.cutoff import CutoffPolicy, SliceView
+from tf_syncdist.cutoff import CutoffPolicy, Plan, SliceView
 
 # The numbers are those of the contract.
 START, PROPAGATION = 2, 4
@@ -77,6 +78,7 @@ class _Gather:
         self.hashes: tuple[int, ...] = ()
         self.stop = False
         self.closed = False
+        self.wait_until: float | None = None
 
     def add(self, worker: int, part: Part) -> None:
         self.contributors.append(worker)
@@ -95,17 +97,21 @@ class Gathers:
         begun: Tells how many runs a worker has begun. A worker that has gone on past a gather
             without taking part will not come, so nobody waits for it.
         awaited: Returns the workers that take part; all of them by default.
+        plan: Returns the last plan of a round, by which gathers are closed, too.
     """
 
     def __init__(
         self,
         num_workers: int,
-        policy: CutoffPolicy,
+        policy: CutoffPolicy | Cutoff,
         begun: Callable[[int], int],
-        awaited: Callable[[], set[int]] | None = None,
+        awaited: Callable[[], Collection[int]] | None = None,
+        plan: Callable[[], Plan | None] = lambda: None,
     ) -> None:
         self._num_workers = num_workers
         self._policy = policy
+        self._plan = plan
+        self._alarms = Alarms()
         self._begun = begun
         self._awaited = awaited or (lambda: set(range(num_workers)))
         self._gathers: dict[GatherKey, _Gather] = {}
@@ -160,8 +166,11 @@ class Gathers:
                 contributions=len(gather.contributors),
                 possible=len(to_come) + len(gather.contributors),
                 num_workers=self._num_workers,
+                plan=self._plan(),
             )
-            if self._policy.decide(view).close:
+            decision = self._policy.decide(view)
+            self._alarms.set(gather, decision.wait_until)
+            if decision.close:
                 gather.closed = True
                 contributors = tuple(gather.contributors)
                 reference = min(contributors)
@@ -173,6 +182,11 @@ class Gathers:
         if len(self._gathers) > _MOST_CLOSED:
             self._forget_old()
         return closed
+
+    @property
+    def wake_at(self) -> float | None:
+        """When to call `close` if nothing changes before, in seconds; `None` for never."""
+        return self._alarms.earliest
 
     @property
     def waiting(self) -> bool:

@@ -1,5 +1,7 @@
 """One job on one shard: the pure machines and the workers' outboxes behind one lock."""
 
+import math
+
 import grpc
 
 from tf_syncdist.aggregation import admission, contributions, counters
@@ -28,6 +30,7 @@ class Job(Attendance):
         clock: Returns the time in seconds; monotonic.
         on_event: Called with one line for the service's log.
         worker_bytes: How many bytes one worker may make the service keep; see `limits.Limits`.
+        record_trace: File for the workers' times of each round; empty for none.
     """
 
     # A worker's stream.
@@ -112,6 +115,7 @@ class Job(Attendance):
                         there = f"Received: {body} from worker {worker}."
                         raise invalid(f"Expected Hello once. {there}")
                     handler(worker, getattr(header, body), payload)
+                    self._set_alarm()
             self._publish()
         except (wire.WireError, RoundError) as e:
             raise invalid(str(e)) from e
@@ -128,14 +132,23 @@ class Job(Attendance):
         with self._lock:
             self._frozen = True
 
+    def close(self) -> None:
+        """Ends what goes on in the background. May be called twice."""
+        self.freeze()
+        if self._hello is not None:
+            self._cutoffs.close()
+
     def lost(self, worker: int, why: str, outbox: Outbox | None = None) -> None:
         """Takes note that a worker's stream is gone, orderly or not."""
         with self._lock:
-            if self._frozen or not self._is_stream(worker, outbox):
+            if not self._is_stream(worker, outbox):
                 return
+            # Also where nothing is decided any more: the stream's threads are to end.
             self._streams.pop(worker).close()
             self._memories.pop(worker)
             self._turned.notify_all()
+            if self._frozen:
+                return
             now = self._clock()
             self._relay.drop(worker, now)
             is_away = worker in self._present
@@ -177,12 +190,37 @@ class Job(Attendance):
                 self.done.set()
         self._publish()
 
+    def seconds_to_sleep(self, most: float) -> float:
+        """Returns for how long nothing has to be done if nothing happens, at most so many seconds.
+
+        `on_alarm` is called if something that happens changes that. Then, or when the time is over,
+        call `ring`.
+        """
+        with self._lock:
+            if self._hello is None or self._frozen or self._restoring is not None:
+                return most
+            now = self._clock()
+            self._sleeps_until = min(self._wake_at(), now + most)
+            return max(0.0, self._sleeps_until - now)
+
+    def ring(self) -> None:
+        """Asks the cutoff policy again if it is time to."""
+        with self._lock:
+            if self._hello is None or self._frozen or self._restoring is not None:
+                return
+            now = self._clock()
+            if now < self._wake_at():
+                return
+            self._close(self._rounds.tick(now))
+            self._gathers.close(now)
+        self._publish()
+
     def report(self) -> pb.ReportReply:
         """Returns the counters of the job."""
         with self._lock:
             if self._hello is None:
                 return pb.ReportReply()
-            return counters.reply(self._rounds)
+            return counters.reply(self._rounds, self._cutoffs.report())
 
     # Messages.
 
@@ -225,6 +263,7 @@ class Job(Attendance):
         outbox: Outbox | None,
     ) -> None:
         """Adds a worker's values to a slice; the adding itself does not hold the lock."""
+        _check_seconds(message.elapsed_seconds, worker)
         in_memory = message.HasField("location")
         values = contributions.read(message, payload, self._memories.get(worker), worker)
         key = SliceKey(message.run, message.exchange, message.slice)
@@ -251,7 +290,8 @@ class Job(Attendance):
                 return
             self._hear(worker)
             self._delivery.check(key, message, worker)
-            receipt = self._rounds.contribute(worker, key, spec, self._clock())
+            elapsed = message.elapsed_seconds
+            receipt = self._rounds.contribute(worker, key, spec, self._clock(), elapsed)
             slot = None
             if receipt.verdict is Verdict.ADD:
                 slot = self._delivery.claim(key, message)
@@ -259,6 +299,7 @@ class Job(Attendance):
             self._close(receipt.closed)
             if self._gathers.waiting:
                 self._gathers.close(self._clock())
+                self._set_alarm()
         if slot is not None:
             slot.add(worker, values, in_turn=not in_memory)
             with self._lock:
@@ -313,7 +354,9 @@ class Job(Attendance):
         self._streams[worker].acknowledge(message.bytes)
 
     def _on_late(self, worker: int, message: pb.LateContribution, *_: object) -> None:
-        self._close(self._rounds.late(worker, message.run, self._clock()))
+        _check_seconds(message.elapsed_seconds, worker)
+        elapsed = message.elapsed_seconds
+        self._close(self._rounds.late(worker, message.run, self._clock(), elapsed))
         self._gathers.close(self._clock())
 
     def _on_run_finished(self, worker: int, message: pb.RunFinished, *_: object) -> None:
@@ -325,6 +368,7 @@ class Job(Attendance):
         self._rounds.counts[worker].nonfinite += message.nonfinite > 0
         if progress.over:
             self._members.round_ended(self._clock())
+            self._cutoffs.ended(progress.times)
         self._delivery.progress(worker, progress)
         self._ends.run_finished(message.run)
         self._gathers.forget(worker, self._present)
@@ -335,6 +379,9 @@ class Job(Attendance):
         self._rounds.resume(worker, message.run, message.missed)
         self._gathers.skip(worker, before)
         self._delivery.resumed(worker)
+
+    def _on_cutoff_plan(self, worker: int, message: pb.CutoffPlan, *_: object) -> None:
+        self._close(self._cutoffs.take_plan(worker, message, self._clock()))
 
     def _on_gather(self, worker: int, message: pb.Gather, payload: memoryview) -> None:
         self._gathers.add(worker, message, payload, self._clock())
@@ -389,3 +436,11 @@ class Job(Attendance):
         elif message.reason in (pb.FAILED, pb.PREEMPTED):
             self._say_gone(worker, f"has left ({reason})")
         self._leave(worker, for_good=True)
+
+
+def _check_seconds(elapsed_seconds: float, worker: int) -> None:
+    if not 0 <= elapsed_seconds < math.inf:
+        raise invalid(
+            "Expected a time of at least 0 s for which a worker has been computing. Received: "
+            f"elapsed_seconds={elapsed_seconds} from worker {worker}."
+        )

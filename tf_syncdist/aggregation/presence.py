@@ -10,11 +10,14 @@ class Presence:
     Attributes:
         present: The workers that have not left, and are not away.
         away: Workers that may come back to where they were.
+        version: Grows whenever something changes.
     """
 
     def __init__(self, num_workers: int) -> None:
         self.present = set(range(num_workers))
         self.away: set[int] = set()
+        self.version = 0
+        self._awaited: frozenset[int] | None = None
         # Of the present ones, those that wait for another's state, or have none of their own yet
         # and will ask for one, and those of which nothing is heard.
         self._suspended: set[int] = set()
@@ -23,9 +26,11 @@ class Presence:
         self._silent: set[int] = set()
 
     @property
-    def awaited(self) -> set[int]:
+    def awaited(self) -> frozenset[int]:
         """The workers that are there and take part."""
-        return self.present - self._suspended - self._silent
+        if self._awaited is None:
+            self._awaited = frozenset(self.present - self._suspended - self._silent)
+        return self._awaited
 
     @property
     def there(self) -> set[int]:
@@ -47,32 +52,43 @@ class Presence:
             self._stateless.add(worker)
         self.present.add(worker)
         self.away.discard(worker)
+        self._change()
 
     def leave(self, worker: int, for_good: bool) -> None:
         """Takes note that a worker is not there any more."""
         self.present.discard(worker)
         self._silent.discard(worker)
         (self.away.discard if for_good else self.away.add)(worker)
+        self._change()
 
     def suspend(self, worker: int) -> None:
         """Takes note that a worker waits for another's state."""
         self._suspended.add(worker)
         self._asking.add(worker)
+        self._change()
 
     def resume(self, worker: int) -> None:
         """Takes note that a worker has another's state, and catches up with the others."""
         self._stateless.discard(worker)
         self._asking.discard(worker)
+        self._change()
 
     def take_part(self, worker: int) -> None:
         """Takes note that a worker was heard of in a round."""
-        self.resume(worker)
-        self._suspended.discard(worker)
+        if worker in self._suspended or worker in self._stateless or worker in self._asking:
+            self._suspended.discard(worker)
+            self.resume(worker)
 
     def silence(self, worker: int) -> None:
         """Takes note that nothing is heard of a worker."""
         self._silent.add(worker)
+        self._change()
 
     def hear(self, worker: int) -> None:
         """Takes note that a worker is heard of again."""
         self._silent.discard(worker)
+        self._change()
+
+    def _change(self) -> None:
+        self.version += 1
+        self._awaited = None

@@ -3,6 +3,8 @@
 import enum
 from typing import NamedTuple
 
+from tf_syncdist.cutoff import RoundTimes
+
 
 class Fate(enum.IntEnum):
     """What became of a worker's part in a round; the numbers are those of the contract."""
@@ -62,10 +64,17 @@ class RunOver(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """The answer to a finished run: which runs are over now, and which may be forgotten."""
+    """The answer to a finished run.
+
+    Args:
+        over: The runs that are over now.
+        evicted: Those that may be forgotten.
+        times: How long the workers took for the rounds that ended now, as far as that is known.
+    """
 
     over: tuple[RunOver, ...]
     evicted: tuple[int, ...]
+    times: tuple[RoundTimes, ...] = ()
 
 
 class RoundError(ValueError):

@@ -1,13 +1,14 @@
 """The rounds of a job as a pure state machine: arrivals go in, decisions come out.
 
-There is no clock, socket, lock or array in here. The service, the tests and the simulator run the
-very same code; `now` is an argument.
+There is no clock, socket or lock in here. The service, the tests and the simulator run the very
+same code; `now` is an argument. What is done with every arrival takes the same time however many
+workers there are.
 """
 
 from collections.abc import Iterable, Mapping
 
 from tf_syncdist.aggregation.agreement import SliceState, check_all_closed, check_spec
-from tf_syncdist.aggregation.presence import Presence
+from tf_syncdist.aggregation.known_rounds import KnownRounds, Run
 from tf_syncdist.aggregation.records import (
     Closed,
     Fate,
@@ -18,145 +19,28 @@ from tf_syncdist.aggregation.records import (
     SliceKey,
     SliceSpec,
     Verdict,
-    WorkerCounts,
 )
-from tf_syncdist.cutoff import CutoffPolicy, SliceView
+from tf_syncdist.aggregation.timing import RoundTimer
+from tf_syncdist.cutoff import Plan, RoundTimes, SliceView
 from tf_syncdist.propagation.slices import ITEM_BYTES
 
-# Also of rounds without many bytes no more are kept, for a worker that is that far behind.
-_MOST_RUNS_KEPT = 100_000
+# Plans come for one round after the other; more of them are not for rounds that follow.
+_MOST_PLANS = 16
 
 
-class _Run:
-    def __init__(self) -> None:
-        self.exchanges: dict[int, dict[int, SliceState]] = {}
-        self.arrivals: dict[int, float] = {}
-        self.bytes = 0
-
-
-class Rounds:
-    """Decides, for every slice of every round, whose values are in it and when it closes.
-
-    Args:
-        num_workers: How many workers the job has.
-        policy: The cutoff policy.
-        history_rounds: Results are kept for at least this many rounds that are over, as long as
-            a worker that is still there has not done them.
-        history_bytes: And for more, while they need at most this many bytes.
-        min_workers: No slice closes while fewer workers than this can be in it.
-        runs_ahead: By how many runs a worker may be ahead of the last result that it has.
-    """
-
-    def __init__(
-        self,
-        num_workers: int,
-        policy: CutoffPolicy,
-        history_rounds: int = 4,
-        history_bytes: int = 512 * 2**20,
-        min_workers: int = 1,
-        runs_ahead: int = 0,
-    ) -> None:
-        self.num_workers = num_workers
-        self.replicas_to_aggregate = policy.replicas_to_aggregate(num_workers)
-        self.counts = [WorkerCounts() for _ in range(num_workers)]
-        self.rounds = 0
-        self._policy = policy
-        self._history_rounds = history_rounds
-        self._history_bytes = history_bytes
-        self._min_workers = min_workers
-        self._runs_ahead = runs_ahead
-        self._runs: dict[int, _Run] = {}
-        self._exchanges: dict[int, int] = {}
-        self._over = 0
-        self._unsaid: list[RunOver] = []
-        self._abstained: dict[int, set[int]] = {}
-        self._kept_from = 0
-        self._rounds_kept = 0
-        self._positions = [0] * num_workers
-        self._presence = Presence(num_workers)
-
-    # What is known.
-
-    @property
-    def runs_over(self) -> int:
-        """How many runs have been done by some worker; runs end in order."""
-        return self._over
-
-    @property
-    def runs_announced(self) -> int:
-        """How many runs workers have been told to be over."""
-        return self._over - len(self._unsaid)
-
-    @property
-    def kept_from(self) -> int:
-        """The first run whose results are kept."""
-        return self._kept_from
-
-    @property
-    def history_size(self) -> int:
-        """Bytes of results that are kept, runs in progress included."""
-        return sum(run.bytes for run in self._runs.values())
-
-    def position(self, worker: int) -> int:
-        """Returns the run that a worker is in or about to begin."""
-        return self._positions[worker]
-
-    def begun(self, worker: int) -> int:
-        """Returns how many runs a worker has surely begun."""
-        position = self._positions[worker]
-        run = self._runs.get(position)
-        return position + (run is not None and worker in run.arrivals)
-
-    def exchanges(self, run: int) -> int:
-        """Returns how many exchanges a run had that is over and kept."""
-        return self._exchanges[run]
-
-    def missing(self, run: int) -> list[int]:
-        """Returns the present workers that have sent nothing for a run that is not over.
-
-        Workers that have said that nothing will come are not among them.
-        """
-        arrivals = self._runs[run].arrivals if run in self._runs else {}
-        return sorted(self._presence.present - set(arrivals) - self._abstained.get(run, set()))
-
-    @property
-    def awaited(self) -> set[int]:
-        """The workers that are there and take part."""
-        return self._presence.awaited
-
-    def holds_state(self, worker: int) -> bool:
-        """Returns whether a worker's variables are those of the run that it is in."""
-        return self._presence.holds_state(worker)
-
-    def lacking(self) -> list[int]:
-        """Returns the workers of which some have to come back before any slice closes."""
-        there = self._presence.there
-        return (
-            sorted(set(range(self.num_workers)) - there) if len(there) < self._min_workers else []
-        )
-
-    def to_come(self, run: int) -> set[int]:
-        """Returns the workers from which values for a run may come, or have come."""
-        return self.awaited - self._abstained.get(run, set())
-
-    def arrived(self, run: int) -> int:
-        """Returns how many workers have sent something for a run that is not over."""
-        return len(self._runs[run].arrivals) if run in self._runs else 0
-
-    def is_open(self, worker: int, key: SliceKey, spec: SliceSpec) -> bool:
-        """Returns whether values of a worker are to be expected in a slice, as far as is known."""
-        at = self._positions[worker]
-        if worker not in self._presence.present or key.run != at or at < self._over:
-            return False
-        exchanges = self._runs[at].exchanges if at in self._runs else {}
-        state = exchanges.get(key.exchange, {}).get(key.slice)
-        if state is None:
-            return key.slice < spec.num_slices
-        return state.spec == spec and not state.closed and worker not in state.contributors
+class Rounds(KnownRounds):
+    """Decides, for every slice of every round, whose values are in it and when it closes."""
 
     # What happens.
 
-    def contribute(self, worker: int, key: SliceKey, spec: SliceSpec, now: float) -> Receipt:
+    def contribute(
+        self,
+        worker: int,
+        key: SliceKey,
+        spec: SliceSpec,
+        now: float,
+        elapsed_seconds: float = 0.0,
+    ) -> Receipt:
         """Takes note of a contribution and decides what to do with its values.
 
         Args:
@@ -164,6 +48,8 @@ class Rounds:
             key: The slice.
             spec: What the worker says about it.
             now: Time of arrival, in seconds.
+            elapsed_seconds: How long the worker has been computing for the round, by its own
+                clock.
 
         Returns:
             A `Receipt`.
@@ -171,48 +57,49 @@ class Rounds:
         Raises:
             RoundError: If the message contradicts what this worker or others have said.
         """
-        self._check_worker(worker)
-        self._check_position(worker, key.run, "contribute to")
+        self._check(worker, key.run, "contribute to")
         if not 0 <= key.slice < spec.num_slices:
             raise RoundError(
                 f"Expected a slice from 0 to {spec.num_slices - 1}. "
                 f"Received: slice={key.slice} of exchange {key.exchange} in run {key.run} from "
                 f"worker {worker}."
             )
-        self._arrive(worker, key.run, now)
-        self._abstained.get(key.run, set()).discard(worker)
-        if key.run < self._kept_from:
+        run = self._arrive(worker, key.run, now)
+        if run is None:
             return Receipt(Verdict.LATE, (), f"run {key.run} is over and its results are gone")
-        run = self._runs.setdefault(key.run, _Run())
-        if key.run < self._over and key.exchange >= self._exchanges[key.run]:
-            raise RoundError(
-                f"Expected {self._exchanges[key.run]} exchange(s) in run {key.run}, as the worker "
-                f"had that ended it. Received: exchange={key.exchange} from worker {worker}. "
-                "Every worker must run the same program."
-            )
-        if key.run < self._over and key.slice not in run.exchanges.get(key.exchange, ()):
-            return Receipt(Verdict.LATE, (), f"run {key.run} is over without this slice")
+        if self._abstained:
+            self._expect(worker, key.run)
+        if key.run < self._over:
+            self._check_exchange(worker, key)
+            if key.slice not in run.exchanges.get(key.exchange, ()):
+                return Receipt(Verdict.LATE, (), f"run {key.run} is over without this slice")
         state = self._slice(worker, run, key, spec)
         if worker in state.contributors:
             return Receipt(Verdict.DUPLICATE, (), f"worker {worker} is already in it")
+        if run.timer is not None:
+            run.timer.arrive(worker, now, elapsed_seconds)
         if state.closed:
-            return Receipt(Verdict.LATE, (), f"closed with workers {state.contributors}")
-        state.contributors.append(worker)
+            return Receipt(Verdict.LATE, (), f"closed with {len(state.contributors)} workers")
+        state.contributors[worker] = None
+        if worker not in self._presence.awaited:
+            state.stamp = -1
         closed = self._decide(key, run, state, now)
-        return Receipt(Verdict.ADD, (closed,) if closed else (), closed.reason if closed else "")
+        return Receipt(Verdict.ADD, (closed,), closed.reason) if closed else _ADDED
 
-    def late(self, worker: int, run: int, now: float) -> tuple[Closed, ...]:
+    def late(
+        self, worker: int, run: int, now: float, elapsed_seconds: float = 0.0
+    ) -> tuple[Closed, ...]:
         """Takes note that a worker has values which it does not send because they are late.
 
         Returns:
             The slices that this closes, because nothing more comes from the worker in this run.
         """
-        self._check_worker(worker)
-        self._check_position(worker, run, "be late for")
-        self._arrive(worker, run, now)
-        if run < self._over:
+        self._check(worker, run, "be late for")
+        state = self._arrive(worker, run, now)
+        if state is None or run < self._over:
             return ()
-        self._abstained.setdefault(run, set()).add(worker)
+        state.timer.arrive_whole(worker, now, elapsed_seconds)
+        self._do_without(worker, run)
         return self.tick(now)
 
     def finish(self, worker: int, run: int, exchanges: int, fate: Fate) -> Progress:
@@ -230,9 +117,10 @@ class Rounds:
         Raises:
             RoundError: If the run cannot have ended like that.
         """
-        self._check_worker(worker)
-        self._check_position(worker, run, "finish")
+        self._check(worker, run, "finish")
         over: tuple[RunOver, ...] = ()
+        times: tuple[RoundTimes, ...] = ()
+        history = self._history
         if run >= self._over:
             if fate in (Fate.REPLAYED, Fate.MISSED):
                 raise RoundError(
@@ -241,26 +129,44 @@ class Rounds:
                 )
             known = self._runs[run].exchanges if run in self._runs else {}
             check_all_closed(known, worker, run, exchanges)
-            self._exchanges[run] = exchanges
+            times = self._end_round(run) if exchanges else ()
+            history.add(run, exchanges)
             self._over = run + 1
             self._abstained = {r: w for r, w in self._abstained.items() if r > run}
             self.rounds += exchanges > 0
-            self._rounds_kept += exchanges > 0
             # Where gradients are accumulated most runs have no exchange. Such a run is worth
             # computing until the exchange is closed that it contributes to.
             self._unsaid.append(RunOver(run, exchanges))
             if exchanges:
                 over, self._unsaid = tuple(self._unsaid), []
-        elif fate != Fate.MISSED and self._exchanges.get(run, exchanges) != exchanges:
-            raise RoundError(
-                f"Expected {self._exchanges[run]} exchange(s) in run {run}, as the worker had that "
-                f"ended it. Received: exchanges={exchanges} from worker {worker}. "
-                "Every worker must run the same program."
-            )
-        if self._exchanges.get(run, exchanges):
+        known = history.exchanges.get(run, exchanges)
+        if known != exchanges and fate != _MISSED:
+            raise _unlike(known, run, f"exchanges={exchanges}", worker)
+        if known:
             self._count(worker, run, fate)
-        self._positions[worker] = run + 1
-        return Progress(over, self._evict())
+        self._positions.advance(worker)
+        evicted = self._evict()
+        return Progress(over, evicted, times) if over or evicted or times else _DONE
+
+    def set_plan(self, run: int, plan: Plan, now: float) -> tuple[Closed, ...]:
+        """Takes a plan for the first round from a run on; only the first one for it counts.
+
+        Args:
+            run: The run.
+            plan: The plan.
+            now: Time, in seconds.
+
+        Returns:
+            The slices that this closes.
+        """
+        if run <= self._last_round or len(self._plans) >= _MOST_PLANS:
+            return ()
+        self._plans.setdefault(run, plan)
+        state = self._runs.get(self._over)
+        if state is None or state.plan is not None:
+            return ()
+        state.plan = self._plan_for(self._over)
+        return self.tick(now)
 
     def leave(self, worker: int, now: float, for_good: bool = True) -> tuple[Closed, ...]:
         """Stops waiting for a worker and returns the slices that this closes.
@@ -272,6 +178,7 @@ class Rounds:
                 needs next are kept, within the bounds of the history, until this is called again.
         """
         self._presence.leave(worker, for_good)
+        self._positions.forget()
         return self.tick(now)
 
     def enter(self, worker: int, run: int | None) -> None:
@@ -333,42 +240,30 @@ class Rounds:
             self._positions[worker] = run
             self.counts[worker].fates.update(counts[worker])
         self._over = max(positions.values())
-        self._kept_from = self._over - len(exchanges)
-        self._exchanges = dict(exchanges)
-        self._rounds_kept = sum(n > 0 for n in exchanges.values())
+        self._history.restore(self._over, dict(exchanges))
         self.rounds = max((sum(c.values()) for c in counts.values()), default=0)
-        self._positions = [
-            max(p, self._kept_from) if w not in positions else p
-            for w, p in enumerate(self._positions)
-        ]
+        for worker in set(range(self.num_workers)) - set(positions):
+            self._positions[worker] = max(self._positions[worker], self.kept_from)
         for key, spec, contributors in closed:
-            run_state = self._runs.setdefault(key.run, _Run())
-            state = run_state.exchanges.setdefault(key.exchange, {})[key.slice] = SliceState(spec)
-            state.contributors, state.closed = list(contributors), True
-            run_state.bytes += spec.elements * ITEM_BYTES[spec.dtype]
+            run = self._run(key.run)
+            run.timer.is_partial = True
+            state = run.exchanges.setdefault(key.exchange, {})[key.slice] = SliceState(spec)
+            state.contributors, state.closed = dict.fromkeys(contributors), True
+            self._keep(run, spec)
 
     def tick(self, now: float) -> tuple[Closed, ...]:
         """Asks the policy again about every open slice and returns those that close now."""
+        # All slices of the runs before are closed, and of later ones there are none.
+        run = self._runs.get(self._over)
+        if run is None:
+            return ()
         closed = []
-        for number, run in self._runs.items():
-            for exchange, slices in run.exchanges.items():
-                for index, state in slices.items():
-                    if not state.closed and state.contributors:
-                        key = SliceKey(number, exchange, index)
-                        closed.append(self._decide(key, run, state, now))
+        for exchange, slices in run.exchanges.items():
+            for index, state in slices.items():
+                if not state.closed and state.contributors:
+                    key = SliceKey(self._over, exchange, index)
+                    closed.append(self._decide(key, run, state, now))
         return tuple(c for c in closed if c)
-
-    def end(self, run: int) -> int:
-        """Returns where all can end when one worker wants to end after `run` runs.
-
-        Whoever has some result of the last round in which something is closed may be computing for
-        the next one, and nobody can have begun the one after that. Where updates are made in the
-        next run, a worker may be one run further.
-        """
-        closed = [n for n, r in self._runs.items() if any(map(_any_closed, r.exchanges.values()))]
-        last = max(self._over - 1, max(closed, default=-1))
-        ahead = self._runs_ahead
-        return max(run, last + 2 + ahead, max(self._positions) + 1 + ahead)
 
     def suspend(self, worker: int, now: float) -> tuple[Closed, ...]:
         """Stops waiting for a worker until it is heard of again: it waits for another's state."""
@@ -383,7 +278,7 @@ class Rounds:
         """
         if run < self._over or worker not in self._presence.present or self.begun(worker) > run:
             return ()
-        self._abstained.setdefault(run, set()).add(worker)
+        self._do_without(worker, run)
         return self.tick(now)
 
     def forget_abstentions(self) -> None:
@@ -392,30 +287,26 @@ class Rounds:
         A round that did not take place in a pass is the first one of the next.
         """
         self._abstained.clear()
-
-    def contributed(self, worker: int, run: int) -> tuple[int, int]:
-        """Returns how many slices of a kept run have a worker's values, and how many there are."""
-        slices = [s for e in self._runs[run].exchanges.values() for s in e.values()]
-        return sum(worker in s.contributors for s in slices), len(slices)
+        self._abstentions += 1
 
     # How.
 
-    def _check_worker(self, worker: int) -> None:
-        self._presence.take_part(worker)
-        if worker not in self._presence.present:
-            raise RoundError(
-                f"Expected one of the present workers {sorted(self._presence.present)}. "
-                f"Received: worker={worker}."
-            )
-
-    def _check_position(self, worker: int, run: int, verb: str) -> None:
+    def _check(self, worker: int, run: int, verb: str) -> None:
+        presence = self._presence
+        if worker not in presence.awaited:
+            presence.take_part(worker)
+            if worker not in presence.present:
+                raise RoundError(
+                    f"Expected one of the present workers {sorted(presence.present)}. "
+                    f"Received: worker={worker}."
+                )
         if run != self._positions[worker]:
             raise RoundError(
                 f"Expected worker {worker} to {verb} run {self._positions[worker]}, the one after "
                 f"those that it has finished. Received: run={run}."
             )
 
-    def _slice(self, worker: int, run: _Run, key: SliceKey, spec: SliceSpec) -> SliceState:
+    def _slice(self, worker: int, run: Run, key: SliceKey, spec: SliceSpec) -> SliceState:
         slices = run.exchanges.setdefault(key.exchange, {})
         state = slices.get(key.slice)
         if state is None:
@@ -428,65 +319,127 @@ class Rounds:
             check_spec(worker, key, state.spec, spec)
         return state
 
-    def _arrive(self, worker: int, number: int, now: float) -> None:
+    def _check_exchange(self, worker: int, key: SliceKey) -> None:
+        known = self._history.exchanges[key.run]
+        if key.exchange >= known:
+            raise _unlike(known, key.run, f"exchange={key.exchange}", worker)
+
+    def _run(self, number: int) -> Run:
         run = self._runs.get(number)
         if run is None:
-            if number < self._kept_from:
-                return
-            run = self._runs[number] = _Run()
+            timer = RoundTimer(self.num_workers, self._closed_at)
+            run = self._runs[number] = Run(timer, self._plan_for(number))
+        return run
+
+    def _arrive(self, worker: int, number: int, now: float) -> Run | None:
+        """Returns the run that a worker is heard of in, unless it is forgotten."""
+        if number < self._history.kept_from:
+            return None
+        run = self._runs.get(number) or self._run(number)
         if worker not in run.arrivals:
+            if not run.arrivals:
+                run.began_at = now
             run.arrivals[worker] = now
             counts = self.counts[worker]
-            counts.delay_sum += now - min(run.arrivals.values())
+            counts.delay_sum += now - run.began_at
             counts.delays += 1
+        return run
 
-    def _decide(self, key: SliceKey, run: _Run, state: SliceState, now: float) -> Closed | None:
+    def _do_without(self, worker: int, run: int) -> None:
+        self._abstained.setdefault(run, set()).add(worker)
+        self._abstentions += 1
+
+    def _expect(self, worker: int, run: int) -> None:
+        abstained = self._abstained.get(run, ())
+        if worker in abstained:
+            abstained.remove(worker)
+            self._abstentions += 1
+
+    def _decide(self, key: SliceKey, run: Run, state: SliceState, now: float) -> Closed | None:
+        stamp = self._presence.version + self._abstentions
+        if state.stamp != stamp:
+            state.stamp = stamp
+            state.possible = len(self.to_come(key.run) | state.contributors.keys())
         view = SliceView(
-            now=now,
-            opened_at=min(run.arrivals.values(), default=now),
-            contributions=len(state.contributors),
-            possible=len(self.to_come(key.run) | set(state.contributors)),
-            num_workers=self.num_workers,
+            now,
+            run.began_at,
+            len(state.contributors),
+            state.possible,
+            self.num_workers,
+            run.plan,
         )
-        decision = self._policy.decide(view)
-        if (
-            not decision.close
-            or len(self._presence.there | set(state.contributors)) < self._min_workers
-        ):
+        decision = self.cutoff.decide(view)
+        if run.plan is None and self._plan_before is not None and not decision.close:
+            # Nobody is to wait for a plan that takes longer to make than the round lasts.
+            again = self.cutoff.decide(view._replace(plan=self._plan_before))
+            if again.close:
+                decision, run.plan = again, self._plan_before
+        if decision.wait_until != state.wait_until:
+            self._alarms.set(state, decision.wait_until)
+        if not decision.close or not self._are_enough(state):
             return None
         state.closed = True
-        run.bytes += state.spec.elements * ITEM_BYTES[state.spec.dtype]
+        run.timer.close(now)
+        self._keep(run, state.spec)
         return Closed(key, tuple(state.contributors), decision.reason)
+
+    def _are_enough(self, state: SliceState) -> bool:
+        if self._min_workers == 1:
+            return True
+        return len(self._presence.there | state.contributors.keys()) >= self._min_workers
+
+    def _keep(self, run: Run, spec: SliceSpec) -> None:
+        nbytes = spec.elements * ITEM_BYTES[spec.dtype]
+        run.bytes += nbytes
+        self._history.bytes += nbytes
+
+    def _end_round(self, number: int) -> tuple[RoundTimes, ...]:
+        """Takes note that a round is over; returns how long it took, if that is known."""
+        self._last_round = number
+        self._plans = {r: p for r, p in self._plans.items() if r > number}
+        state = self._runs.get(number)
+        if state is None:
+            # A shard need not have a slice of every exchange.
+            return ()
+        if not self._follows:
+            self._plan_before = state.plan or self._plan_before
+        timer, state.timer = state.timer, None
+        if timer.closed_at is not None:
+            self._closed_at = timer.closed_at
+        times = timer.times(number, state.slices, self.to_come(number))
+        return () if times is None else (times,)
 
     def _count(self, worker: int, run: int, fate: Fate) -> None:
         counts = self.counts[worker]
-        if fate in (Fate.CONTRIBUTED, Fate.LATE) and run in self._runs:
+        if (fate == _CONTRIBUTED or fate == _LATE) and run in self._runs:
             used, total = self.contributed(worker, run)
             if used < total:
                 # With several shards the worker has seen more than this one, but never less.
-                fate = Fate.LATE
-            counts.partly_used += fate is Fate.LATE and used > 0
+                fate = _LATE
+            counts.partly_used += fate == _LATE and used > 0
         counts.fates[fate] += 1
 
     def _evict(self) -> tuple[int, ...]:
-        """Forgets runs that nobody needs or that are too many, oldest first."""
-        evicted = []
-        needing = self._presence.present | self._presence.away
-        needed_from = min((self._positions[w] for w in needing), default=self._over)
-        size = self.history_size
-        while self._kept_from < self._over:
-            run = self._kept_from
-            many = size > self._history_bytes or self._over - run > _MOST_RUNS_KEPT
-            too_many = self._rounds_kept > self._history_rounds and many
-            if run >= needed_from and not too_many:
-                break
-            state = self._runs.pop(run, None)
-            size -= state.bytes if state else 0
-            self._rounds_kept -= self._exchanges.pop(run) > 0
-            self._kept_from = run + 1
-            evicted.append(run)
-        return tuple(evicted)
+        if self._positions.is_known and not self._history.is_full:
+            return ()
+        presence = self._presence
+        needed_from = self._positions.lowest(lambda: presence.present | presence.away, self._over)
+        return self._history.evict(self._over, needed_from, self._forget)
+
+    def _forget(self, run: int) -> int:
+        state = self._runs.pop(run, None)
+        return state.bytes if state else 0
 
 
-def _any_closed(slices: dict[int, SliceState]) -> bool:
-    return any(s.closed for s in slices.values())
+# Looking a member of an enumeration up takes longer than what is done with it.
+_CONTRIBUTED, _LATE, _MISSED = Fate.CONTRIBUTED, Fate.LATE, Fate.MISSED
+
+_ADDED = Receipt(Verdict.ADD, (), "")
+_DONE = Progress((), ())
+
+
+def _unlike(known: int, run: int, received: str, worker: int) -> RoundError:
+    return RoundError(
+        f"Expected {known} exchange(s) in run {run}, as the worker had that ended it. Received: "
+        f"{received} from worker {worker}. Every worker must run the same program."
+    )

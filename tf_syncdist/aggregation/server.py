@@ -3,6 +3,7 @@
 import concurrent.futures
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import NoReturn
 
@@ -54,6 +55,8 @@ class AggregatorServer:
         on_event: Called with one line for the service's log.
         limits: What one worker may take of the service. Raise `worker_bytes` if a job is refused
             for it that the machine has the memory for.
+        record_trace: File to which the first shard writes how long the workers take for each round;
+            empty for none.
 
     Raises:
         CredentialsError: If the credentials cannot be used, or `host` is not loopback and there
@@ -73,9 +76,15 @@ class AggregatorServer:
         credentials: Credentials = NO_CREDENTIALS,
         on_event: Callable[[str], None] = lambda text: None,
         limits: Limits = DEFAULT_LIMITS,
+        record_trace: str = "",
     ) -> None:
         limits = limits._replace(worker_bytes=limits.worker_bytes or default_worker_bytes())
-        self.job = Job(on_event=on_event, worker_bytes=limits.worker_bytes)
+        self.job = Job(
+            on_event=on_event, worker_bytes=limits.worker_bytes, record_trace=record_trace
+        )
+        # Something is to be done at once: by the clock's thread, or by nobody any more.
+        self._alarm = threading.Event()
+        self.job.on_alarm = self._alarm.set
         self._limits = limits
         self._refusals = Refusals(on_event)
         self._waiting = Waiting(limits)
@@ -124,18 +133,28 @@ class AggregatorServer:
         """Stops serving. May be called twice."""
         if not self._stopped.is_set():
             self._stopped.set()
+            self._alarm.set()
             # Streams break one after the other, which must not close rounds.
             self.job.freeze()
             self._server.stop(grace_seconds).wait(grace_seconds + 5)
             self._ticker.join(5)
+            self.job.close()
 
     def _tick(self) -> None:
-        while not self._stopped.wait(_TICK_SECONDS):
+        due_at = time.monotonic()
+        while not self._stopped.is_set():
             try:
-                self.job.tick()
-                self._streams.tick()
+                left = max(0.0, due_at - time.monotonic())
+                self._alarm.wait(self.job.seconds_to_sleep(left))
+                self._alarm.clear()
+                self.job.ring()
+                if time.monotonic() >= due_at:
+                    due_at = time.monotonic() + _TICK_SECONDS
+                    self.job.tick()
+                    self._streams.tick()
             except Exception:  # noqa: BLE001 - without this thread rounds would wait for ever
                 _log.exception("in the service's clock")
+                self._stopped.wait(_TICK_SECONDS)
 
     def _train(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> Iterator[bytes]:
         stream = TrainStream(

@@ -35,7 +35,8 @@ class Waits:
         missing = sorted({*rounds.missing(run), *rounds.lacking()})
         count = rounds.arrived(run)
         if missing and count:
-            needed = rounds.replicas_to_aggregate
+            planned = rounds.plan
+            needed = planned[1].count if planned else rounds.replicas_to_aggregate
             waits[f"round {run}"] = (f"round {run}: {count} of {needed} contributions", missing)
         for start, absent in starts.items():
             what = f"the variables before run {start}"

@@ -17,13 +17,14 @@ from tf_syncdist.errors import AggregatorUnreachableError, ClusterConfigError
 _ANY = "0.0.0.0"
 
 
-def command(address: str, insecure: bool, tls: bool = False) -> list[str]:
+def command(address: str, insecure: bool, tls: bool = False, record_trace: str = "") -> list[str]:
     """Returns the command that serves at an address of the cluster.
 
     Args:
         address: "host:port" as the cluster names it.
         insecure: Whether an address beyond loopback may be served without TLS.
         tls: Whether it is served with TLS, as the environment says.
+        record_trace: File for how long workers take; empty for none.
 
     Raises:
         ClusterConfigError: If the address is beyond loopback and neither TLS nor `insecure` is
@@ -32,6 +33,8 @@ def command(address: str, insecure: bool, tls: bool = False) -> list[str]:
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     args = [sys.executable, "-m", "tf_syncdist.aggregator", f"--port={port}"]
+    if record_trace:
+        args.append(f"--record_trace={record_trace}")
     if is_loopback(host):
         return [*args, f"--host={'127.0.0.1' if host == 'localhost' else host}"]
     # A cluster's name for a machine (a Kubernetes service, say) need not be an interface of it.
@@ -68,6 +71,7 @@ def become_aggregator(
     *,
     tls: bool = False,
     variables: Mapping[str, str] | None = None,
+    record_trace: str = "",
 ) -> NoReturn:
     """Replaces this process, with TensorFlow and all, by the service. Does not return.
 
@@ -76,11 +80,12 @@ def become_aggregator(
         insecure: See `command`.
         tls: See `command`.
         variables: See `environment`.
+        record_trace: See `command`.
     """
     if role.num_workers == 1:
         print("tf_syncdist: a single worker needs no aggregation service", flush=True)
         sys.exit(0)
-    args = command(role.address, insecure, tls)
+    args = command(role.address, insecure, tls, record_trace)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(args[0], args, environment(variables))
@@ -95,6 +100,7 @@ class ChildAggregator:
         timeout_seconds: How long to wait until it serves.
         tls: See `command`.
         variables: See `environment`.
+        record_trace: See `command`.
 
     Raises:
         AggregatorUnreachableError: If it does not serve in time.
@@ -108,8 +114,9 @@ class ChildAggregator:
         *,
         tls: bool = False,
         variables: Mapping[str, str] | None = None,
+        record_trace: str = "",
     ) -> None:
-        args = command(address, insecure, tls)
+        args = command(address, insecure, tls, record_trace)
         # The pipe's end of file tells the child that its parent is gone, even by SIGKILL.
         read_end, self._lifeline = os.pipe()
         try:

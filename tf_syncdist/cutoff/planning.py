@@ -1,8 +1,12 @@
 """What an adaptive policy is told of the rounds that are over, and what it plans for the next."""
 
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from tf_syncdist.cutoff.models import RunTimeModel
+    from tf_syncdist.cutoff.traces import Trace
 
 
 class RoundTimes(NamedTuple):
@@ -51,4 +55,49 @@ class Planner(Protocol):
 
     def plan(self) -> Plan:
         """Returns the plan for the next round."""
+        ...
+
+
+class TrainingRequest(NamedTuple):
+    """What a planner wants a run-time model to be trained on.
+
+    Args:
+        trace: The rounds to learn from.
+        seed: Seed of the training, so that the same job asks for the same model.
+    """
+
+    trace: "Trace"
+    seed: int
+
+
+class LearningPlanner(Planner, Protocol):
+    """A planner that has a model of the cluster trained while it plans.
+
+    It cannot train by itself: that takes minutes and TensorFlow. Whoever feeds it asks for
+    `training_request` after each `observe`, has the model trained somewhere else, goes on with
+    `observe` and `plan` meanwhile, and answers with one call of `accept` or `training_failed`
+    between two of these. The planner asks for nothing more before it has this answer.
+
+    In a process of its own, a training is `traces.save(FILE, request.trace)`, then
+    `python -m tf_syncdist.train_cutoff --trace=FILE --output=MODEL --seed=SEED`, then
+    `models.load(MODEL)`.
+    """
+
+    def training_request(self) -> TrainingRequest | None:
+        """Returns what is to be trained now, each request once; `None` most of the time."""
+        ...
+
+    def accept(self, model: "RunTimeModel") -> str:
+        """Takes the model that was asked for.
+
+        Returns:
+            One clause for a log: whether the model is used from now on, and why.
+
+        Raises:
+            RunTimeModelError: If the model is of other workers. The planner can be used further.
+        """
+        ...
+
+    def training_failed(self, reason: str) -> None:
+        """Takes note that there will be no model; the planner asks again later, if at all."""
         ...

@@ -1,98 +1,32 @@
-"""Cutoff policies: small frozen objects that say when a round has waited long enough."""
+"""The cutoff policies that users choose from, and how they travel to the service."""
 
 import dataclasses
 import json
-from typing import Any, NamedTuple, Protocol
 
-from tf_syncdist.cutoff.planning import Plan, Planner
-
-
-class SliceView(NamedTuple):
-    """What a policy may look at when it decides about one slice of a round.
-
-    Args:
-        now: Time of the decision, in seconds of the service's monotonic clock.
-        opened_at: Time of the round's first arrival, on the same clock.
-        contributions: How many contributions the slice has.
-        possible: How many it can have at most, now that some workers may have left.
-        num_workers: How many workers the job was started with.
-        plan: What the policy's planner has planned for the round; `None` if it has none, or as long
-            as it has not.
-    """
-
-    now: float
-    opened_at: float
-    contributions: int
-    possible: int
-    num_workers: int
-    plan: Plan | None = None
-
-
-class Decision(NamedTuple):
-    """A policy's answer.
-
-    Args:
-        close: Whether the slice closes now, with what it has.
-        wait_until: When to ask again if nothing arrives before; `None` for never.
-        reason: One clause that tells a human why.
-    """
-
-    close: bool
-    wait_until: float | None
-    reason: str
-
-
-class CutoffPolicy(Protocol):
-    """What the service needs of a policy."""
-
-    def replicas_to_aggregate(self, num_workers: int) -> int:
-        """Returns N, the number of contributions by which `all_reduce(SUM)` is scaled."""
-        ...
-
-    def planner(self, num_workers: int) -> Planner | None:
-        """Returns a new memory of rounds that are over; `None` if the policy needs none."""
-        ...
-
-    def decide(self, view: SliceView) -> Decision:
-        """Decides whether a slice closes."""
-        ...
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments that recreate the policy."""
-        ...
-
-
-def _first(count: int, view: SliceView) -> Decision:
-    needed = max(1, min(count, view.possible))
-    if view.contributions >= needed:
-        if needed < count:
-            return Decision(True, None, f"only {needed} of {count} workers are left to wait for")
-        return Decision(True, None, f"the first {needed} of {view.num_workers} are in")
-    return Decision(False, None, f"{view.contributions} of {needed} contributions")
+from tf_syncdist.cutoff.deadline import Deadline
+from tf_syncdist.cutoff.decisions import (
+    CutoffPolicy,
+    Decision,
+    FrozenPolicy,
+    SliceView,
+    close_after,
+)
+from tf_syncdist.cutoff.elfving import Elfving
+from tf_syncdist.cutoff.learned import LearnedCutoff
+from tf_syncdist.cutoff.order_statistics import OrderStatistics
 
 
 @dataclasses.dataclass(frozen=True)
-class FullSync:
+class FullSync(FrozenPolicy):
     """Waits for every worker that is still there: plain synchronous SGD."""
-
-    def replicas_to_aggregate(self, num_workers: int) -> int:
-        """Returns N, here all workers."""
-        return num_workers
-
-    def planner(self, num_workers: int) -> None:
-        """Returns `None`: nothing is to be planned."""
 
     def decide(self, view: SliceView) -> Decision:
         """Closes a slice once everybody who can still contribute has."""
-        return _first(view.num_workers, view)
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments that recreate the policy: none."""
-        return {}
+        return close_after(view.num_workers, view)
 
 
 @dataclasses.dataclass(frozen=True)
-class BackupWorkers:
+class BackupWorkers(FrozenPolicy):
     """Closes a round with the first N of N + b contributions and drops the late ones.
 
     Args:
@@ -129,19 +63,25 @@ class BackupWorkers:
             )
         return num_workers - self.b
 
-    def planner(self, num_workers: int) -> None:
-        """Returns `None`: nothing is to be planned."""
-
     def decide(self, view: SliceView) -> Decision:
         """Closes a slice with its Nth contribution, or the last that can still come."""
-        return _first(view.num_workers - self.b, view)
-
-    def get_config(self) -> dict[str, Any]:
-        """Returns the arguments that recreate the policy."""
-        return {"b": self.b}
+        return close_after(view.num_workers - self.b, view)
 
 
-_POLICIES = {cls.__name__: cls for cls in (FullSync, BackupWorkers)}
+def is_fixed(policy: CutoffPolicy) -> bool:
+    """Returns whether a policy always waits for the same number of workers that are there."""
+    return isinstance(policy, FullSync | BackupWorkers)
+
+
+def waits_for_all(policy: CutoffPolicy) -> bool:
+    """Returns whether no round is closed as long as a worker that is there may yet contribute."""
+    return isinstance(policy, FullSync) or (isinstance(policy, BackupWorkers) and not policy.b)
+
+
+_POLICIES = {
+    cls.__name__: cls
+    for cls in (FullSync, BackupWorkers, Deadline, Elfving, OrderStatistics, LearnedCutoff)
+}
 
 
 def serialize(policy: CutoffPolicy) -> str:
@@ -160,7 +100,7 @@ def deserialize(text: str) -> CutoffPolicy:
     try:
         data = json.loads(text)
         cls, config = _POLICIES[data["class_name"]], data["config"]
-        return cls(**config)
+        return cls.from_config(config)
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise ValueError(
             'Expected a cutoff policy such as {"class_name": "BackupWorkers", "config": {"b": 1}} '

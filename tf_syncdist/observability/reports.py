@@ -31,6 +31,48 @@ class WorkerReport(NamedTuple):
     nonfinite: int = 0
 
 
+class CutoffReport(NamedTuple):
+    """What a cutoff policy has chosen lately.
+
+    Args:
+        policy: The policy.
+        rounds: Over how many of the last rounds the numbers are; with 0 they mean nothing.
+        mean_count: Mean number of contributions with which they were closed.
+        least: The least of them.
+        most: The most of them.
+        closed_seconds: How long the rounds were; the median.
+        expected_seconds: How long the policy expected them to be, if it has said; the median.
+        reason: Why the last plan was made, or the last slice was closed.
+        failure: Why full sync has taken its place; empty if it has not.
+    """
+
+    policy: str
+    rounds: int
+    mean_count: float
+    least: int
+    most: int
+    closed_seconds: float
+    expected_seconds: float | None
+    reason: str
+    failure: str
+
+    def describe(self, num_workers: int) -> str:
+        """Returns all of it as a line."""
+        if not self.rounds:
+            line = f"{self.policy} has not closed a round yet"
+        else:
+            line = (
+                f"{self.policy} closed the last {self.rounds} rounds with {self.least} to "
+                f"{self.most} of {num_workers} contributions (mean {self.mean_count:.1f}), after "
+                f"{self.closed_seconds:.3g} s"
+            )
+            if self.expected_seconds is not None:
+                line += f" where {self.expected_seconds:.3g} s were expected"
+            if self.reason:
+                line += f"; {self.reason}"
+        return f"{line}; then full sync, because {self.failure}" if self.failure else line
+
+
 class Report(NamedTuple):
     """Counts of a job.
 
@@ -39,11 +81,13 @@ class Report(NamedTuple):
         workers: One entry per worker, in order.
         refused: How often the first process of the service has refused a call, a stream or a
             message, by the reason in words.
+        cutoff: What the cutoff policy has chosen; `None` if it always waits for the same number.
     """
 
     rounds: int
     workers: tuple[WorkerReport, ...]
     refused: Mapping[str, int] = types.MappingProxyType({})
+    cutoff: CutoffReport | None = None
 
     def __str__(self) -> str:
         if not self.workers:
@@ -69,6 +113,8 @@ class Report(NamedTuple):
             where = "behind" if behind > 0 else "ahead of"
             delay = "at" if abs(behind) < 0.5 else f"{abs(behind):.0f} ms {where}"
             lines.append(f"{line}, {delay} the median")
+        if self.cutoff is not None:
+            lines.append(self.cutoff.describe(len(self.workers)))
         if self.refused:
             reasons = ", ".join(f"{n} x {reason}" for reason, n in sorted(self.refused.items()))
             lines.append(f"the service refused {sum(self.refused.values())} times: {reasons}")

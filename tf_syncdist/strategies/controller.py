@@ -120,6 +120,8 @@ class RunController:
             if self._auto is not None and site.num_deferred_slices and not self._void:
                 self._auto.begin(self.run, site.num_deferred_slices)
             self._begun_at = self._clock()
+            if self._mode is Mode.COMPUTE:
+                self._session.pace.begin(self.run)
             self._timeline.begin(self.run)
             self._exchanges.gives = self._mode is Mode.COMPUTE and not self._substitute
             # Another thread may be looking at a variable just now.

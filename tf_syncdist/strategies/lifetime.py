@@ -2,6 +2,7 @@
 
 import atexit
 import logging
+import os
 import signal
 import sys
 import threading
@@ -11,7 +12,7 @@ from tf_syncdist.cluster.interrupts import InterruptWatcher, exit_now
 from tf_syncdist.cluster.roles import ClusterRole
 from tf_syncdist.cluster.supervision import SupervisedAggregator
 from tf_syncdist.errors import SyncDistError
-from tf_syncdist.observability.reports import Report, WorkerReport
+from tf_syncdist.observability.reports import CutoffReport, Report, WorkerReport
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies.controller import RunController
 from tf_syncdist.transport.session import Session, SessionConfig
@@ -26,6 +27,24 @@ _log = logging.getLogger("tf_syncdist")
 def say(text: str) -> None:
     """Prints a line for the user on stderr."""
     print(f"tf_syncdist: {text}", file=sys.stderr, flush=True)
+
+
+def cutoff_report(reply: pb.ReportReply) -> CutoffReport | None:
+    """Returns what a report says of the cutoff policy, if that chooses."""
+    if not reply.HasField("cutoff"):
+        return None
+    told = reply.cutoff
+    return CutoffReport(
+        told.policy,
+        told.rounds,
+        told.mean_count,
+        told.least,
+        told.most,
+        told.closed_seconds,
+        told.expected_seconds if told.HasField("expected_seconds") else None,
+        told.reason,
+        told.failure,
+    )
 
 
 class Interrupted(SyncDistError, StopIteration):
@@ -43,6 +62,7 @@ class Membership:
         role: What this process is.
         config: What it tells the service.
         print_report: Whether worker 0 prints the job's report at the end.
+        record_trace: Where the service that this worker starts records how long workers take.
     """
 
     def __init__(
@@ -50,8 +70,11 @@ class Membership:
         role: ClusterRole,
         config: SessionConfig,
         print_report: bool,
+        record_trace: str = "",
     ) -> None:
         self.role = role
+        self._record_trace = record_trace
+        self._starts = 0
         self._config = config
         self.failed = False
         self._print_report = print_report and role.task_index == 0
@@ -74,12 +97,19 @@ class Membership:
 
     def _start_child(self) -> ChildAggregator:
         credentials = self._config.credentials
+        trace = self._record_trace
+        if trace and self._starts:
+            # What the former process has written stays.
+            root, extension = os.path.splitext(trace)
+            trace = f"{root}.{self._starts}{extension}"
+        self._starts += 1
         return ChildAggregator(
             self.role.address,
             credentials.insecure,
             self._config.connect_timeout_seconds,
             tls=credentials.uses_tls,
             variables=credentials.variables(),
+            record_trace=trace,
         )
 
     @property
@@ -131,6 +161,7 @@ class Membership:
                 for w in reply.workers
             ),
             dict(reply.refused),
+            cutoff_report(reply),
         )
 
     def close(self) -> None:

@@ -1,9 +1,11 @@
 """Checks of what users give to a strategy."""
 
+import os
+
 import tensorflow as tf
 
 from tf_syncdist.cluster.roles import ClusterRole
-from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync
+from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync, serialize, waits_for_all
 from tf_syncdist.observability.timeline import Timeline, task_path
 from tf_syncdist.propagation import (
     AutoPropagation,
@@ -23,7 +25,7 @@ def policy(backup_workers: int | None, cutoff: CutoffPolicy | None) -> CutoffPol
     """Returns the cutoff policy that one of two arguments stands for.
 
     Raises:
-        ValueError: If both are given.
+        ValueError: If both are given, or it is no policy of this package.
     """
     if cutoff is not None and backup_workers is not None:
         raise ValueError(
@@ -32,6 +34,7 @@ def policy(backup_workers: int | None, cutoff: CutoffPolicy | None) -> CutoffPol
             f"cutoff={cutoff}. Leave one of them out."
         )
     if cutoff is not None:
+        serialize(cutoff)  # It has to be one that the service knows.
         return cutoff
     return BackupWorkers(backup_workers) if backup_workers is not None else FullSync()
 
@@ -118,16 +121,51 @@ def timeline(path: str | None, role: ClusterRole) -> Timeline | None:
     return Timeline(task_path(path, "worker", index, role.num_workers), f"worker {index}")
 
 
-def check_order(deterministic: bool, cutoff: CutoffPolicy, num_workers: int) -> None:
+def record_trace(path: str | None, role: ClusterRole) -> str:
+    """Returns where this task's service is to record how long workers take; empty for nowhere.
+
+    Only the first shard knows of all exchanges.
+
+    Raises:
+        FileNotFoundError: If the file's directory does not exist.
+    """
+    if path is None or not _serves_first(role):
+        return ""
+    found = os.path.abspath(path)
+    if not os.path.isdir(os.path.dirname(found)):
+        raise FileNotFoundError(
+            "Expected a file in a directory that exists, for the trace of the workers' run-times. "
+            f"Received: record_trace={path!r}. Make the directory first."
+        )
+    return found
+
+
+def check_planner(cutoff: CutoffPolicy, role: ClusterRole) -> None:
+    """Checks that a policy can plan, where its planner is going to be.
+
+    Raises:
+        RunTimeModelError: If the file of its model cannot be used.
+    """
+    if role.num_workers > 1 and _serves_first(role):
+        cutoff.planner(role.num_workers)
+
+
+def _serves_first(role: ClusterRole) -> bool:
+    """Returns whether the first process of the service is this one or its child."""
+    return role.task_index == 0 and (role.is_aggregator or not role.aggregators)
+
+
+def check_order(deterministic: bool, cutoff: CutoffPolicy) -> None:
     """Checks that sums can be made in the order of the workers, if they are to be.
 
     Raises:
         ValueError: If a round may be closed without some workers.
     """
-    if deterministic and cutoff.replicas_to_aggregate(num_workers) != num_workers:
+    if deterministic and not waits_for_all(cutoff):
         raise ValueError(
             "`deterministic` needs the contributions of all workers: which ones are late is a "
-            f"matter of time. Received: deterministic=True, {cutoff}. Use backup_workers=0."
+            f"matter of time. Received: deterministic=True, {cutoff}. Use backup_workers=0, or "
+            "leave `cutoff` out."
         )
 
 

@@ -313,9 +313,10 @@ class Runs(adapter.Hooks):
         if not self._needs_all:
             raise ValueError(
                 "Expected no exchange between workers inside of what is differentiated, because "
-                "with backup workers a round goes on without some of the workers. Received: for "
+                "with backup workers, or another cutoff than FullSync(), a round goes on without "
+                "some of the workers. Received: for "
                 "instance BatchNormalization(synchronized=True). Leave `synchronized` out, or use "
-                "backup_workers=0."
+                "backup_workers=0, and no `cutoff`."
             )
 
     def update(

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from tf_syncdist.cluster import roles
 from tf_syncdist.cluster.child import become_aggregator
-from tf_syncdist.cutoff import CutoffPolicy, serialize
+from tf_syncdist.cutoff import CutoffPolicy, serialize, waits_for_all
 from tf_syncdist.propagation import AutoPropagation, PriorityPropagation, Propagation
 from tf_syncdist.propagation import serialize as serialize_propagation
 from tf_syncdist.propagation.policies import cutter
@@ -50,7 +50,11 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
         cluster_resolver: A `tf.distribute.cluster_resolver.ClusterResolver`. By default roles and
             addresses come from TF_CONFIG; without it there is one worker and no service. A `ps`
             task serves until the job ends: this call does not return there.
-        cutoff: A policy of `tf_syncdist.cutoff`, in place of `backup_workers`.
+        cutoff: A policy of `tf_syncdist.cutoff`, in place of `backup_workers`: `Deadline` closes
+            rounds by time; `OrderStatistics`, `Elfving` and `LearnedCutoff` choose anew for each
+            round how many contributions it waits for, from how long workers took before. With
+            these N is the number of all workers. Give one if which workers are slow, or how many,
+            changes while the job runs.
         insecure: Whether the service may listen beyond loopback without TLS, and the token travel
             there in plain text, on a network that you trust. Default: `False`.
         tls_cert: Path of this task's certificate as PEM. With `tls_key` and `tls_ca` everything
@@ -106,6 +110,10 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
         timeline: File in which each worker records when it computed, and when each slice was sent,
             summed, received and applied, for Perfetto or chrome://tracing; "trace.json" becomes
             "trace.worker-1.json" on worker 1. Default: `None`, nothing is recorded.
+        record_trace: File in which the service, its first process, records how long each worker
+            takes for each round, to simulate cutoffs with and to train a model of the cluster. With
+            `python -m tf_syncdist.aggregator` as `ps` task give that its flag of the same name.
+            Default: `None`, nothing is recorded.
         connect_timeout_seconds: How long to wait for the service to answer, at the start and when
             it went away. Default: 30.
         timeout_seconds: How long to wait for other workers, at the start and in each round.
@@ -155,6 +163,7 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
         detection_seconds: float = 3.0,
         limit_gbps: float | None = None,
         timeline: str | None = None,
+        record_trace: str | None = None,
         connect_timeout_seconds: float = 30.0,
         timeout_seconds: float = 600.0,
         print_report: bool = True,
@@ -167,8 +176,11 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
         role = roles.resolve(cluster_resolver)
         self._aggregate = policy.replicas_to_aggregate(role.num_workers)
         options.check_faults(min_workers, detection_seconds, role.num_workers)
-        options.check_order(deterministic, policy, role.num_workers)
+        options.check_order(deterministic, policy)
+        options.check_planner(policy, role)
+        trace = options.record_trace(record_trace, role)
         self._role = role
+        self._waits_for_all = waits_for_all(policy)
         self._cluster_resolver_given = cluster_resolver
         self._member: Membership | None = None
         credentials = NO_CREDENTIALS
@@ -176,7 +188,11 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
             credentials = options.credentials(tls_cert, tls_key, tls_ca, token, insecure)
         if role.is_aggregator:
             become_aggregator(
-                role, insecure, tls=credentials.uses_tls, variables=credentials.variables()
+                role,
+                insecure,
+                tls=credentials.uses_tls,
+                variables=credentials.variables(),
+                record_trace=trace,
             )
         devices = adapter.local_devices()
         if role.num_workers > 1:
@@ -201,13 +217,13 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
                 limit_gbps=limit_gbps or 0.0,
                 timeline=options.timeline(timeline, role),
             )
-            self._member = Membership(role, config, print_report)
+            self._member = Membership(role, config, print_report, trace)
         self._registry = VariableRegistry()
         self._runs = Runs(
             self,
             self._aggregate * len(devices),
             role.task_index,
-            self._aggregate == role.num_workers,
+            waits_for_all(policy),
             self._is_local,
             self._registry,
             self._on_traced,
@@ -358,7 +374,7 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
     def _watch(
         self, dataset: tf.data.Dataset, ends: bool, alike: bool, fits: bool
     ) -> tf.data.Dataset:
-        skips = fits and self._aggregate < self.num_workers
+        skips = fits and not self._waits_for_all
         if not (ends or skips):
             return dataset
         source = Source(self._member.session, self._controller, ends, alike, skips)

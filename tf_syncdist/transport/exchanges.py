@@ -15,7 +15,9 @@ from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.allocator import keep_freed_memory
 from tf_syncdist.transport.connection import Made, Outgoing, SliceMessage
+from tf_syncdist.transport.copies import copy_in, copy_out, scatter
 from tf_syncdist.transport.link import Link, SessionConfig
+from tf_syncdist.transport.pace import Pace
 
 # How the last runs ended can be told again for so many of them; results come at most four ahead.
 _MOST_DONE = 8
@@ -31,7 +33,11 @@ _DTYPE_NUMBERS = {
 
 
 class Exchanging(Link):
-    """The part of a session that is about rounds."""
+    """The part of a session that is about rounds.
+
+    Attributes:
+        pace: To be told when this worker begins to compute a run.
+    """
 
     def __init__(self, config: SessionConfig, on_notice: Callable[[str], None]) -> None:
         super().__init__(config, on_notice)
@@ -53,6 +59,7 @@ class Exchanging(Link):
         self._gone: set[int] = set()
         self._all_withheld: set[int] = set()
         self._finished = 0
+        self.pace = Pace()
 
     def exchanges_of(self, run: int) -> int | None:
         """Returns how many exchanges a run had if it is over on every shard, else `None`."""
@@ -122,6 +129,7 @@ class Exchanging(Link):
                 elements=part.elements,
                 layout=plan.layout,
                 priority=part.priority,
+                elapsed_seconds=self.pace.elapsed_seconds(run),
             )
             anew: Outgoing = functools.partial(self._inline, header, part, flat)
             lent = None
@@ -135,7 +143,7 @@ class Exchanging(Link):
                 located.CopyFrom(header)
                 located.location.segment, data = lent
                 located.location.offset = part.offset
-                _copy_in(part, flat, data[part.offset : part.offset + part.nbytes])
+                copy_in(part, flat, data[part.offset : part.offset + part.nbytes])
                 message = wire.encode(pb.ToAggregator(contribution=located))
             with self._changed:
                 urgency = Urgency(run, exchange, part.priority)
@@ -169,7 +177,7 @@ class Exchanging(Link):
                 return None
         keep_freed_memory()
         frame: wire.Frame[pb.ToAggregator] = wire.Frame(part.nbytes)
-        _copy_in(part, flat, frame.payload)
+        copy_in(part, flat, frame.payload)
         return frame.seal(pb.ToAggregator(contribution=header))
 
     def _table(
@@ -196,7 +204,9 @@ class Exchanging(Link):
         """Tells the service that this worker has values for a run which come too late."""
         with self._changed:
             self._is_late = True
-            self._send_all(pb.ToAggregator(late=pb.LateContribution(run=run)))
+            elapsed = self.pace.elapsed_seconds(run)
+            late = pb.LateContribution(run=run, elapsed_seconds=elapsed)
+            self._send_all(pb.ToAggregator(late=late))
 
     def receive(
         self,
@@ -277,7 +287,7 @@ class Exchanging(Link):
             # What has come is copied while the rest is on its way.
             for part, (payload, contributors, row_elements) in zip(come, found, strict=True):
                 if row_elements:
-                    _scatter(part, payload, flat)
+                    scatter(part, payload, flat)
                 elif len(payload) != part.nbytes:
                     raise ServiceError(
                         f"Expected {part.nbytes} bytes for slice {part.index} of exchange "
@@ -285,7 +295,7 @@ class Exchanging(Link):
                         "run the same program with the same versions."
                     )
                 else:
-                    _copy_out(part, payload, flat)
+                    copy_out(part, payload, flat)
                 used += self.config.worker in contributors
         with self._changed:
             if parts is not None:
@@ -303,6 +313,8 @@ class Exchanging(Link):
             self._nonfinite += nonfinite
             self._done[run] = (exchanges, fate, nonfinite)
             self._done.pop(run - _MOST_DONE, None)
+            if exchanges:
+                self.pace.forget(run + 1)
             self._forget(run + 1)
             self._send_all(_run_finished(run, exchanges, fate, nonfinite))
 
@@ -316,6 +328,7 @@ class Exchanging(Link):
         with self._changed:
             self._fates[pb.MISSED] += missed
             self._done.clear()
+            self.pace.forget(run)
             self._forget(run)
             self._send_all(pb.ToAggregator(resume=pb.Resume(run=run, missed=missed)))
 
@@ -465,32 +478,3 @@ class Exchanging(Link):
 def _run_finished(run: int, exchanges: int, fate: int, nonfinite: bool) -> pb.ToAggregator:
     body = pb.RunFinished(run=run, exchanges=exchanges, fate=fate, nonfinite=int(nonfinite))
     return pb.ToAggregator(run_finished=body)
-
-
-def _copy_in(part: Slice, flat: Mapping[int, np.ndarray], data: np.ndarray) -> None:
-    """Writes a slice of some tensors into bytes."""
-    start = 0
-    for tensor, first, stop in part.pieces:
-        piece = flat[tensor][first:stop].view(np.uint8)
-        data[start : start + piece.nbytes] = piece
-        start += piece.nbytes
-
-
-def _copy_out(part: Slice, payload: memoryview, flat: Sequence[np.ndarray]) -> None:
-    """Writes the bytes of a slice into tensors."""
-    data = np.frombuffer(payload, np.uint8)
-    start = 0
-    for tensor, first, stop in part.pieces:
-        piece = flat[tensor][first:stop].view(np.uint8)
-        piece[...] = data[start : start + piece.nbytes]
-        start += piece.nbytes
-
-
-def _scatter(part: Slice, payload: memoryview, flat: Sequence[np.ndarray]) -> None:
-    """Writes rows into the table that has no others."""
-    ((tensor, start, stop),) = part.pieces
-    table = flat[tensor][start:stop].reshape(-1, part.row_elements)
-    table.fill(0)
-    data = np.frombuffer(payload, np.uint8)
-    found = rows.unpack(data, table.dtype, part.row_elements, len(table))
-    table[found.indices] = found.values

@@ -7,12 +7,13 @@ from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport.endings import Ending
 from tf_syncdist.transport.gathers import Gathered, Gathering
 from tf_syncdist.transport.link import SessionConfig
+from tf_syncdist.transport.plans import PlanRelay
 from tf_syncdist.transport.states import State, StateTransfer
 
 __all__ = ["Gathered", "Session", "SessionConfig", "State"]
 
 
-class Session(Ending, Gathering, StateTransfer):
+class Session(Ending, Gathering, PlanRelay, StateTransfer):
     """Everything a strategy needs from the service.
 
     Methods that wait take no timeout of their own: the session's deadline applies, and `cancel`

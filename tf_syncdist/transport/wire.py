@@ -12,7 +12,7 @@ from google.protobuf.message import DecodeError
 
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 
-PROTOCOL = 5
+PROTOCOL = 6
 SERVICE = "tf_syncdist.v1.Aggregation"
 TRAIN = f"/{SERVICE}/Train"
 REPORT = f"/{SERVICE}/Report"

@@ -1,0 +1,232 @@
+"""Cutoffs that are planned or timed, over real sockets."""
+
+import functools
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from tf_syncdist import cutoff
+from tf_syncdist.aggregation import training
+from tf_syncdist.cutoff import CutoffPolicy, Deadline, OrderStatistics, traces
+from tf_syncdist.cutoff.order_statistics import OrderStatisticsPlanner
+from tf_syncdist.errors import ServiceError
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
+
+Serve = Callable[..., object]
+
+NAMES = ("a", "b")
+
+
+def start(serve: Serve, policy: CutoffPolicy, shards: int = 1, num_workers: int = 3) -> object:
+    """Starts a service with a cutoff policy."""
+    return serve(num_workers, shards=shards, cutoff=cutoff.serialize(policy))
+
+
+def train(service: object, workers: Sequence, seconds: Sequence[float], runs: int) -> None:
+    """Each worker does some runs, of which each takes it so long to compute."""
+
+    def program(worker: object, wait: float) -> None:
+        site = worker.site(*NAMES)
+        for _ in range(runs):
+            worker.do_run(site, lambda: time.sleep(wait))
+
+    service.together(
+        *(lambda w=w, s=s: program(w, s) for w, s in zip(workers, seconds, strict=True))
+    )
+    assert len({w.bytes for w in workers}) == 1
+
+
+def in_time(service: object, shard: int, runs: int) -> list[int]:
+    """Returns in how many rounds each worker was in all slices of a shard, when all are done."""
+
+    def done() -> list[int] | None:
+        workers = service.servers[shard].job.report().workers
+        if any(w.contributed + w.late + w.replayed < runs for w in workers):
+            return None
+        return [w.contributed for w in workers]
+
+    return service.until(done)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_a_deadline_closes_rounds_although_nothing_arrives(serve: Serve, shards: int) -> None:
+    service = start(serve, Deadline(0.15, min_fraction=0.3), shards)
+    workers = service.workers()
+    waited = []
+
+    def quick() -> None:
+        site = workers[0].site(*NAMES)
+        workers[0].do_run(site)
+        for _ in range(5):
+            began = time.monotonic()
+            workers[0].do_run(site)
+            waited.append(time.monotonic() - began)
+
+    def slow(worker: object) -> None:
+        site = worker.site(*NAMES)
+        worker.do_run(site)
+        for _ in range(5):
+            worker.do_run(site, lambda: time.sleep(0.8))
+
+    service.together(quick, *(lambda w=w: slow(w) for w in workers[1:]))
+    assert len({w.bytes for w in workers}) == 1
+    assert all(0.15 <= w < 0.6 for w in waited), waited
+    for shard in range(shards):
+        first, *others = in_time(service, shard, 6)
+        assert first == 6 and max(others) < 6
+    assert "are over with 1 of 3" in workers[0].session.report().cutoff.reason
+
+
+def test_everybody_in_closes_before_the_deadline(serve: Serve) -> None:
+    service = start(serve, Deadline(10.0))
+    began = time.monotonic()
+    train(service, service.workers(), [0.0] * 3, 5)
+    assert time.monotonic() - began < 8.0
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_all_shards_close_as_the_first_one_plans(serve: Serve, shards: int) -> None:
+    service = start(serve, OrderStatistics(window=5), shards)
+    workers = service.workers()
+    train(service, workers, [0.05, 0.06, 0.5], 15)
+    for shard in range(shards):
+        # The first round is waited for, as nothing is planned for it.
+        *quick, slow = in_time(service, shard, 15)
+        assert quick == [15, 15] and 1 <= slow <= 4
+    report = workers[0].session.report().cutoff
+    assert report.policy == "OrderStatistics(window=5, min_fraction=0.25)"
+    assert (report.least, report.most, report.rounds) == (2, 3, 15)
+    assert 0 < report.closed_seconds < 0.3 and 0 < report.expected_seconds < 0.3
+    assert report.reason == "best of the last 5 round(s)" and not report.failure
+    # A reason is said when it is another one than before.
+    said = [e for e in service.events if e.startswith("round ") and "planned" in e]
+    assert 1 <= len(said) <= 4, said
+
+
+def test_a_shard_that_is_started_again_goes_on_with_the_plan(serve: Serve) -> None:
+    service = start(serve, OrderStatistics(window=5), shards=2)
+    workers = service.workers()
+    train(service, workers, [0.0, 0.01, 0.2], 4)
+    for shard in range(2):
+        service.restart(shard)
+        train(service, workers, [0.0, 0.01, 0.2], 4)
+    assert all(w.controller.run == 12 for w in workers)
+    assert workers[0].session.report().cutoff.rounds < 12, "it begins anew"
+
+
+@pytest.mark.parametrize("what", ["observe", "plan", "decide"])
+def test_full_sync_takes_over_from_a_policy_that_fails(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    calls = []
+
+    def fail(*_: object) -> None:
+        calls.append(what)
+        raise ZeroDivisionError("of the test")
+
+    monkeypatch.setattr(OrderStatistics if what == "decide" else OrderStatisticsPlanner, what, fail)
+    service = start(serve, OrderStatistics())
+    workers = service.workers()
+    train(service, workers, [0.0, 0.0, 0.1], 4)
+    assert in_time(service, 0, 4) == [4] * 3
+    assert len(calls) == 1
+    (notice,) = [n for n in service.notices[0] if "full sync" in n]
+    assert f"OrderStatistics could not {what} (ZeroDivisionError: of the test)" in notice
+    assert not any("full sync" in n for n in service.notices[1] + service.notices[2])
+    assert what in workers[0].session.report().cutoff.failure
+
+
+def test_a_plan_beyond_the_workers_is_a_failure(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = cutoff.Plan(4, None, "of the test")
+    monkeypatch.setattr(OrderStatisticsPlanner, "plan", lambda planner: plan)
+    service = start(serve, OrderStatistics())
+    train(service, service.workers(), [0.0] * 3, 3)
+    assert "from 1 to the number of workers, 3. Received: 4" in service.notices[0][0]
+
+
+def test_a_planner_that_is_slower_than_the_rounds_keeps_none_of_them_waiting(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = OrderStatisticsPlanner.plan
+
+    def think(planner: OrderStatisticsPlanner) -> cutoff.Plan:
+        time.sleep(0.5)
+        return plan(planner)
+
+    monkeypatch.setattr(OrderStatisticsPlanner, "plan", think)
+    service = start(serve, OrderStatistics())
+    workers = service.workers()
+    train(service, workers, [0.0, 0.0, 0.7], 2)
+    began = time.monotonic()
+    train(service, workers, [0.0, 0.0, 0.7], 20)
+    assert time.monotonic() - began < 5.0
+    assert in_time(service, 0, 22)[2] < 8
+
+
+def test_gathers_are_closed_by_the_last_plan(serve: Serve) -> None:
+    service = start(serve, OrderStatistics())
+    workers = service.workers()
+    train(service, workers, [0.1, 0.11, 0.5], 4)
+    gathered = service.together(
+        *(lambda w=w: w.session.gather(pb.METRICS, 1, 4) for w in workers[:2])
+    )
+    assert all(sorted(g.contributors) == [0, 1] for g in gathered)
+
+
+def test_a_gather_is_closed_by_a_deadline(serve: Serve) -> None:
+    service = start(serve, Deadline(0.1, min_fraction=0.3))
+    workers = service.workers()
+    began = time.monotonic()
+    assert workers[1].session.gather(pb.METRICS, 1, 0).contributors == (1,)
+    assert 0.1 <= time.monotonic() - began < 1.0
+
+
+def test_the_first_shard_records_how_long_workers_take(serve: Serve, tmp_path: Path) -> None:
+    path = tmp_path / "trace.npz"
+    service = serve(3, b=1, record_trace=str(path))
+    train(service, service.workers(), [0.0, 0.05, 0.3], 6)
+    service.close()
+    trace = traces.load(path, num_workers=3)
+    assert trace.num_rounds == 6 and trace.present.all()
+    # The first run waits for variables. The third worker is only ever in time if it replays.
+    assert (trace.seconds[1:, 0] < trace.seconds[1:, 1]).all()
+    assert (trace.seconds[1:, 1] >= 0.05).all() and (trace.closed_seconds[1:] < 0.25).all()
+
+
+@pytest.mark.slow
+def test_a_model_is_trained_beside_the_job(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = (sys.executable, "-m", "tf_syncdist.train_cutoff", "--steps=20")
+    quick = functools.partial(training.Training, command=command)
+    monkeypatch.setattr("tf_syncdist.aggregation.planning.Training", quick)
+    service = start(serve, cutoff.LearnedCutoff(warmup_rounds=100))
+    workers = service.workers()
+    train(service, workers, [0.005, 0.005, 0.02], 110)
+    assert "a model of the workers' run-times is being trained" in service.events
+    deadline = time.monotonic() + 150
+    while not (found := [e for e in service.events if "run-times is trained" in e]):
+        assert time.monotonic() < deadline
+        train(service, workers, [0.02, 0.02, 0.04], 20)
+    assert "on held-out rounds it gives" in found[0]
+    assert not service.notices[0], service.notices[0]
+
+
+@pytest.mark.parametrize("policy", [Deadline(1.0), OrderStatistics(), cutoff.BackupWorkers(1)])
+def test_sums_in_order_need_all_workers(serve: Serve, policy: CutoffPolicy) -> None:
+    service = serve(3, cutoff=cutoff.serialize(policy), deterministic=True)
+    with pytest.raises(ServiceError, match="Expected a policy that waits for all workers"):
+        service.session(0)
+
+
+@pytest.mark.parametrize("shard", [0, 1])
+def test_only_sensible_plans_are_taken(serve: Serve, shard: int) -> None:
+    service = start(serve, OrderStatistics(), shards=2)
+    first = service.sessions()[0]
+    count = 2 if shard == 0 else 4
+    first._send(shard, pb.ToAggregator(cutoff_plan=pb.CutoffPlan(count=count)))  # noqa: SLF001
+    with pytest.raises(ServiceError, match="Expected plans of 1 to 3 contributions"):
+        first.wait_over(0)

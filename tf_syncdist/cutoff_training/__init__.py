@@ -1,0 +1,1 @@
+"""Training of the run-time models of `LearnedCutoff`; nothing else of it imports TensorFlow."""
