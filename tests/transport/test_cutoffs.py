@@ -208,7 +208,7 @@ def test_a_model_is_trained_beside_the_job(serve: Serve, monkeypatch: pytest.Mon
     train(service, workers, [0.005, 0.005, 0.02], 110)
     assert "a model of the workers' run-times is being trained" in service.events
     deadline = time.monotonic() + 150
-    while not (found := [e for e in service.events if "run-times is trained" in e]):
+    while not (found := [e for e in service.events if "trained: " in e]):
         assert time.monotonic() < deadline
         train(service, workers, [0.02, 0.02, 0.04], 20)
     assert "on held-out rounds it gives" in found[0]
