@@ -50,7 +50,7 @@ _NODES = flags.DEFINE_integer(
     "nodes", None, "On how many nodes they are. Default: 4; 32 with more than 1,000 workers."
 )
 _SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds of run-times, traces and trainings.")
-_ROUNDS = flags.DEFINE_integer("rounds", 3000, "Rounds of a job.", lower_bound=600)
+_ROUNDS = flags.DEFINE_integer("rounds", 3000, "Rounds of a job.", lower_bound=1)
 _TRACE_ROUNDS = flags.DEFINE_integer("trace_rounds", 2000, "Rounds to learn from.", lower_bound=100)
 _POLICIES = flags.DEFINE_list(
     "policies", None, "Beginnings of the names of the policies to measure. Default: all."

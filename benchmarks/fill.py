@@ -3,10 +3,12 @@
     python -m benchmarks.allreduce --num_workers=2,3 --json_out=allreduce.json
     python -m benchmarks.fit_overhead --json_out=fit.json
     python -m benchmarks.propagation --json_out=propagation.json
+    python -m benchmarks.cutoffs --json_out=cutoffs.json
+    python -m benchmarks.cutoff_jobs --json_out=cutoff_jobs.json
     python -m benchmarks.fill --rows=allreduce.json,fit.json,propagation.json docs/performance.md
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is
-allreduce, fit_overhead or propagation.
+allreduce, fit_overhead, propagation, cutoffs, cutoff_decisions or cutoff_jobs.
 """
 
 from __future__ import annotations
@@ -129,6 +131,68 @@ def _propagation(rows: Sequence[Row]) -> str:
     return f"{note}\n\n{_markdown(lines)}"
 
 
+_CUTOFFS = {
+    "full": "full",
+    "backup:4 %": "b = 4 %",
+    "backup:best": "best b",
+    "deadline:best": "best deadline",
+    "elfving": "Elfving",
+    "order_statistics": "order statistics",
+    "learned:smoother": "smoother",
+    "learned:chains": "chains",
+    "learned:network": "network",
+    "learned": "learned",
+}
+
+
+def _by_cutoff(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple, dict[str, Row]]:
+    found: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        name = row["policy"]
+        if name.startswith("backup:") and name != "backup:best":
+            name = "backup:4 %"
+        found.setdefault(tuple(row[key] for key in keys), {})[name] = row
+    return found
+
+
+def _cutoffs(rows: Sequence[Row]) -> str:
+    """Returns throughputs as fractions of the oracle's, a line for each law."""
+    lines = [["law", "factor", "workers", "late ones", *_CUTOFFS.values()]]
+    keys = ("law", "factor", "workers", "late_workers_stay_busy")
+    for (law, factor, workers, busy), found in _by_cutoff(rows, keys).items():
+        cells = [f"{found[n]['oracle_ratio']:.3f}" if n in found else "" for n in _CUTOFFS]
+        head = [law, f"{factor:g}" if factor else "", f"{workers:,}"]
+        lines.append([*head, "busy" if busy else "", *cells])
+    note = "Contributions per second, as a fraction of the greedy oracle's."
+    return f"{note}\n\n{_markdown(lines)}"
+
+
+def _cutoff_decisions(rows: Sequence[Row]) -> str:
+    """Returns milliseconds per round, a line for each number of workers."""
+    planned = [name for name in _CUTOFFS if name.startswith(("elfving", "order", "learned"))]
+    lines = [["workers", *(_CUTOFFS[name] for name in planned)]]
+    rows = [row for row in rows if row["law"] == "regime_switching" and row["factor"] == 2.5]
+    for (workers,), found in sorted(_by_cutoff(rows, ("workers",)).items()):
+        cells = [
+            f"{1000 * found[n]['decision_seconds']:.2f}" if n in found else "" for n in planned
+        ]
+        lines.append([f"{workers:,}", *cells])
+    note = "Milliseconds per round to take note of the one before and to plan, medians."
+    return f"{note}\n\n{_markdown(lines)}"
+
+
+def _cutoff_jobs(rows: Sequence[Row]) -> str:
+    """Returns what real jobs and their simulations gave, a line for each policy."""
+    head = ["cutoff", "measured", "simulated", "measured, of oracle", "contributions", "late"]
+    lines = [[*head, "replayed"]]
+    for row in rows:
+        measured = [f"{row[key]:.1f}" for key in ("throughput", "simulated")]
+        counts = [" ".join(map(str, row[key])) for key in ("contributed", "late", "replayed")]
+        lines.append([row["cutoff"], *measured, f"{row['oracle_ratio']:.3f}", *counts])
+    note = "Contributions per second, and for how many rounds each worker did what."
+    return f"{note}\n\n{_markdown(lines)}"
+
+
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1000 * seconds:.0f}"
 
@@ -140,6 +204,9 @@ def main(argv: Sequence[str]) -> None:
         "allreduce": _allreduce([row for row in rows if "median_seconds" in row]),
         "fit_overhead": _fit_overhead([row for row in rows if "steps_per_second" in row]),
         "propagation": _propagation([row for row in rows if "exchange_seconds" in row]),
+        "cutoffs": _cutoffs([row for row in rows if "decision_seconds" in row]),
+        "cutoff_decisions": _cutoff_decisions([row for row in rows if "decision_seconds" in row]),
+        "cutoff_jobs": _cutoff_jobs([row for row in rows if "simulated" in row]),
     }
     for path in map(pathlib.Path, argv[1:]):
         text = path.read_text()
