@@ -19,6 +19,7 @@ MISTAKES = {
     "cutoff_unknown": ("ValueError", r"cutoff policy of tf_syncdist \(.*Elfving.*'elfving'"),
     "cutoff_in_order": ("ValueError", r"deterministic=True, Deadline.*backup_workers=0"),
     "trace_nowhere": ("FileNotFoundError", r"directory that exists.*nowhere/trace\.npz"),
+    "model_nowhere": ("RunTimeModelError", r"'nowhere\.npz', which is not there"),
     "no_json": ("ClusterConfigError", r"TF_CONFIG to be JSON.*Received: '{cluster: worker}'"),
     "index_not_in_cluster": ("ClusterConfigError", r"'worker': 2.*'worker', index 2"),
     "job_not_in_cluster": ("ClusterConfigError", r"'worker': 2.*'ps', index 0"),

@@ -12,6 +12,7 @@ from tf_syncdist.cutoff.decisions import (
     close_after,
 )
 from tf_syncdist.cutoff.elfving import Elfving
+from tf_syncdist.cutoff.learned import LearnedCutoff
 from tf_syncdist.cutoff.order_statistics import OrderStatistics
 
 
@@ -78,7 +79,8 @@ def waits_for_all(policy: CutoffPolicy) -> bool:
 
 
 _POLICIES = {
-    cls.__name__: cls for cls in (FullSync, BackupWorkers, Deadline, Elfving, OrderStatistics)
+    cls.__name__: cls
+    for cls in (FullSync, BackupWorkers, Deadline, Elfving, OrderStatistics, LearnedCutoff)
 }
 
 

@@ -13,22 +13,21 @@ from tf_syncdist import cutoff
 
 BATCH_SIZE = 24
 STEPS = 30
-USUAL_SECONDS = 0.05
-SLOW_SECONDS = 0.4
 
 
 class Regimes(keras.layers.Layer):
     """Takes as long in training as a machine that others use, too."""
 
-    def __init__(self, is_slow: bool) -> None:
+    def __init__(self, usual_seconds: float, slow_seconds: float) -> None:
         super().__init__()
-        self._is_slow = is_slow
+        self._usual_seconds = usual_seconds
+        self._slow_seconds = slow_seconds
         self._steps = 0
 
     def _wait(self) -> None:
         self._steps += 1
-        slow = self._is_slow and self._steps % 12 > 7
-        time.sleep(SLOW_SECONDS if slow else USUAL_SECONDS)
+        is_slow = self._steps % 12 > 7
+        time.sleep(self._slow_seconds if is_slow else self._usual_seconds)
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         return task.after(inputs, self._wait) if training else inputs
@@ -47,12 +46,14 @@ def main() -> None:
     x = np.random.RandomState(1).randn(BATCH_SIZE * STEPS, 16).astype("float32")
     y = x[:, :4].argmax(1)
     with strategy.scope():
-        layers = [keras.Input((16,)), Regimes(worker == arguments["slow"])]
+        usual, slow = arguments["seconds"]
+        regimes = Regimes(usual, slow if worker == arguments["slow"] else usual)
+        layers = [keras.Input((16,)), regimes]
         layers += [keras.layers.Dense(32, activation="relu"), keras.layers.Dense(4)]
         model = keras.Sequential(layers)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.Adam(3e-3), loss, metrics=["accuracy"])
-    history = model.fit(x, y, batch_size=BATCH_SIZE, epochs=2, verbose=0)
+    history = model.fit(x, y, batch_size=BATCH_SIZE, epochs=arguments["epochs"], verbose=0)
     told = task.counts(strategy)
     report = strategy.report()
     results = {

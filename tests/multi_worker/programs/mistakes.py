@@ -60,6 +60,8 @@ def before_anything_is_connected() -> None:
     in_order = {"deterministic": True, "cutoff": tf_syncdist.cutoff.Deadline(1.0)}
     record("cutoff_in_order", lambda: SyncReplicas(**in_order))
     record("trace_nowhere", lambda: SyncReplicas(record_trace="nowhere/trace.npz"))
+    learned = tf_syncdist.cutoff.LearnedCutoff("nowhere.npz")
+    record("model_nowhere", lambda: SyncReplicas(cutoff=learned))
     record("no_json", in_cluster("{cluster: worker}"))
     record("index_not_in_cluster", in_cluster(config(ADDRESSES, "worker", 2)))
     record("job_not_in_cluster", in_cluster(config(ADDRESSES, "ps", 0)))
