@@ -48,6 +48,38 @@ def test_one_long_round_does_not_change_it() -> None:
     assert found.patience_seconds() == pytest.approx(1.8)
 
 
+def test_a_heartbeat_holds_until_the_next_one_that_was_agreed_on() -> None:
+    found = members()
+    assert found.beat(0, 1.0) == found.beat(1, 1.0) == 0.75
+    for number in range(30):
+        found.round_ended(1.0 + number * 0.001)
+    assert found.patience_seconds() == 1.0
+    found.beat(2, 1.2)
+    assert found.tick(2.1) == NOTHING
+    # Worker 2 knows that rounds are fast now, the others do not.
+    assert found.tick(2.3) == Changes((2,), (), ())
+    assert found.beat(0, 2.3) == 0.25
+    found.hear(1, 2.3)
+    assert found.tick(2.7) == found.tick(3.2) == NOTHING
+    assert found.tick(3.4) == Changes((0,), (), ())
+
+
+def test_nobody_is_silent_while_the_service_itself_was_asleep() -> None:
+    found = members()
+    for tenth in range(2, 21, 2):
+        assert found.tick(tenth / 10) == NOTHING
+    found.hear(0, 1.9)
+    # It was stopped for a minute, and looks at the clock before it reads what has come meanwhile.
+    assert found.tick(62.0) == NOTHING
+    found.hear(1, 62.1)
+    for tenth in range(6210, 6300, 5):
+        assert found.tick(tenth / 100) == NOTHING
+    # Worker 2 was silent for 2 s before, and is so for another.
+    assert found.tick(63.1) == Changes((2,), (), ())
+    # Who is silent remains so.
+    assert found.tick(64.0) == NOTHING
+
+
 def test_a_new_life_takes_the_place_of_one_that_is_gone_or_silent() -> None:
     found = members()
     with pytest.raises(NotAdmitted, match="is connected") as error:

@@ -16,7 +16,6 @@ from tf_syncdist.transport.guards import UNKNOWN_METHOD
 
 from .test_child import aggregator, join
 
-STRINGS = 10_000
 THREADS = 8
 METHODS = {
     wire.TRAIN: {grpc.StatusCode.INVALID_ARGUMENT},
@@ -63,8 +62,9 @@ def attack(channel: grpc.Channel, method: str, data: list[bytes]) -> set[grpc.St
     return codes
 
 
+@pytest.mark.parametrize("count", [1000, pytest.param(10_000, marks=pytest.mark.slow)])
 @pytest.mark.timeout(290)
-def test_ten_thousand_random_strings_to_every_method_change_nothing() -> None:
+def test_random_strings_to_every_method_change_nothing(count: int) -> None:
     with aggregator() as (process, port):
         # The pipe of its output must not fill up.
         threading.Thread(target=process.stdout.read, daemon=True).start()
@@ -73,11 +73,13 @@ def test_ten_thousand_random_strings_to_every_method_change_nothing() -> None:
             grpc.insecure_channel(f"127.0.0.1:{port}", wire.CHANNEL_OPTIONS) as channel,
             concurrent.futures.ThreadPoolExecutor(THREADS) as pool,
         ):
-            for turn, share in enumerate((STRINGS // 10, STRINGS - STRINGS // 10)):
+            for turn, share in enumerate((count // 5, count - count // 5)):
                 for method, codes in METHODS.items():
                     each = [strings(10 * turn + n, share // THREADS) for n in range(THREADS)]
                     ends = pool.map(lambda d, m=method: attack(channel, m, d), each)
-                    assert set().union(*ends) == codes, method
+                    # The few strings that are messages may be missing in a small share.
+                    found = set().union(*ends)
+                    assert codes - {grpc.StatusCode.OK} <= found <= codes, method
                 sizes.append(resident_bytes(process.pid))
             assert process.poll() is None
         assert sizes[1] < sizes[0] + 8 * 2**20, sizes
@@ -85,6 +87,6 @@ def test_ten_thousand_random_strings_to_every_method_change_nothing() -> None:
         session.send(0, 0, WAY, [np.ones(4, "f4")])
         assert session.receive(0, 0, WAY, [np.empty(4, "f4")]) == (1, 1)
         refused = dict(session.report().refused)
-        assert refused.pop(UNKNOWN_METHOD) == STRINGS
-        assert 2.5 * STRINGS < sum(refused.values()) <= 3 * STRINGS
+        assert refused.pop(UNKNOWN_METHOD) == count
+        assert 2.5 * count < sum(refused.values()) <= 3 * count
         session.close()

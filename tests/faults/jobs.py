@@ -28,6 +28,8 @@ _SERVICE_END_SECONDS = 20.0
 # At least one and at most two lines of a trace.
 _LINE_BYTES = 140
 _LIFE = "TF_SYNCDIST_TEST_LIFE"
+# Name of the file that is made when no more faults are to come; see `programs/member.py`.
+_CALM = "calm"
 
 
 class Life:
@@ -131,6 +133,7 @@ class FaultyJob:
         self._proxies: dict[str, list[Proxy]] = {}
         self._disturbed: set[str] = set()
         self._later = Agenda()
+        self._is_calm = False
         self._started_at = time.monotonic()
         self._joined_at: float | None = None
         try:
@@ -313,6 +316,20 @@ class FaultyJob:
         if self._joined_at is not None:
             for fault in self._plan.due(view):
                 self._apply(fault)
+            self._say_when_it_is_calm()
+
+    def _say_when_it_is_calm(self) -> None:
+        """Tells the workers when all faults are over and seen to: rounds need no time from then on.
+
+        However busy the machine is, a job is not over before.
+        """
+        if self._is_calm or not self._plan.is_over or self._disturbed:
+            return
+        view = self._view()
+        running = {t for t, x in self.lives.items() if x[-1].is_worker and x[-1].ended_at is None}
+        if running == view.sound:
+            self._is_calm = True
+            (self._directory / _CALM).touch()
 
     def _view(self) -> View:
         running = {t: x[-1] for t, x in self.lives.items() if x[-1].ended_at is None}

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.timeout(290)
 
 # After most runs nobody looks at the variables, so that an update is waiting when something breaks.
 PRIORITY = {"priority": {"slice_elements": 50, "credit_bytes": 400}, "note_every": 3}
-ROUNDS = 75
-STEPS, EPOCHS = 12, 14
+ROUNDS = 45
+STEPS, EPOCHS = 12, 10
 KILLS = (0, 1, 4, 30)
 
 
@@ -49,8 +49,8 @@ Jobs = dict[str, concurrent.futures.Future]
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     """Jobs that run two at a time: most of their time is waiting."""
     loop = {"program": "loop.py", "workers": 2}
-    arguments = PRIORITY | {"rounds": ROUNDS, "step_seconds": 0.02}
-    fit = PRIORITY | {"steps": STEPS, "epochs": EPOCHS, "step_seconds": 0.1}
+    arguments = PRIORITY | {"rounds": ROUNDS, "step_seconds": 0.02, "min_workers": 2}
+    fit = PRIORITY | {"steps": STEPS, "epochs": EPOCHS, "step_seconds": 0.12}
     wanted: dict[str, dict[str, Any]] = {
         "disturbed": {"plan": service_kills(), "arguments": arguments, **loop},
         "quiet": {"plan": Faults(), "arguments": arguments, **loop},

@@ -11,6 +11,7 @@ killed.
 """
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -158,9 +159,13 @@ def _serve() -> dict[str, Any] | None:
     """Forks until stdin ends; returns the request in a new process, None in the server."""
     import tensorflow as tf
 
-    import tf_syncdist  # noqa: F401
+    import tf_syncdist
 
-    tf.keras.Model  # noqa: B018 - TensorFlow imports Keras at its first use.
+    # These are imported at their first use. gRPC begins nothing before that.
+    tf.keras.Model, tf_syncdist.SyncReplicasStrategy, tf_syncdist.callbacks  # noqa: B018
+    # Workers need not look for garbage among some million objects again and again, nor copy them.
+    gc.collect()
+    gc.freeze()
     unread = b""
     children: dict[int, int] = {}
     while True:

@@ -52,12 +52,14 @@ class JobResult(NamedTuple):
         logs: What each task printed.
         ended: When each task ended, in seconds after the first start.
         addresses: The cluster.
+        directory: Where the tasks have run.
     """
 
     results: dict[int, dict[str, Any]]
     logs: dict[str, str]
     ended: dict[str, float]
     addresses: dict[str, list[str]]
+    directory: Path
 
     def each(self, *path: str) -> list[Any]:
         """Returns one item of every worker's result, in the order of the workers."""
@@ -131,7 +133,7 @@ def run_job(
         if not workers:
             job.start("worker", 0, command)
         job.wait(seconds)
-        return JobResult(job.results(), job.logs(), job.ended, cluster)
+        return JobResult(job.results(), job.logs(), job.ended, cluster, directory)
 
 
 class Jobs:
@@ -140,7 +142,7 @@ class Jobs:
     Not for tests that look at how long something takes.
 
     Args:
-        program: Name of a file in `programs/`.
+        program: Name of a file in `programs/`, for jobs that name no other.
         directories: Makes a directory for each job.
         jobs: By name, what `run_job` is given for each job.
     """
@@ -154,7 +156,9 @@ class Jobs:
         self._pool = concurrent.futures.ThreadPoolExecutor(2)
         self._started = {
             name: self._pool.submit(
-                run_job, program, directories.mktemp(name), **{"seconds": 400.0, **job}
+                run_job,
+                directory=directories.mktemp(name),
+                **{"program": program, "seconds": 400.0, **job},
             )
             for name, job in jobs.items()
         }

@@ -23,15 +23,25 @@ EVERYDAY = {
     "while_saving": 3 * STEPS,
     "continued": STEPS,
 }
-WISHES = [
-    *(
-        f"{at} of {who}"
-        for at in ("on_train_batch_end", "on_epoch_end", "on_epoch_begin")
-        for who in (0, 1)
-    ),
-    "on_epoch_end of all",
-    "on_train_batch_end of all",
-]
+# By how many steps an execution has; between two epochs it makes no difference.
+WISHES = {
+    1: [
+        *(
+            f"{at} of {who}"
+            for at in ("on_train_batch_end", "on_epoch_end", "on_epoch_begin")
+            for who in (0, 1)
+        ),
+        "on_epoch_end of all",
+        "on_train_batch_end of all",
+    ],
+    3: [
+        "on_train_batch_end of 0",
+        "on_train_batch_end of 1",
+        "on_epoch_begin of 1",
+        "on_epoch_end of all",
+    ],
+}
+EACH_WISH = [(steps, case) for steps, cases in WISHES.items() for case in cases]
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +50,14 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     given = {
         "everyday_0": {"parts": names, "backup_workers": 0, "pause_seconds": 0.0},
         "everyday_1": {"parts": names, "backup_workers": 1, "pause_seconds": 0.05},
-        "wishes_1": {"parts": ["wishes_by_1"], "backup_workers": 1, "pause_seconds": 0.05},
-        "wishes_3": {"parts": ["wishes_by_3"], "backup_workers": 1, "pause_seconds": 0.05},
     }
+    for steps, cases in WISHES.items():
+        given[f"wishes_{steps}"] = {
+            "parts": [f"wishes_by_{steps}"],
+            "wishes": cases,
+            "backup_workers": 1,
+            "pause_seconds": 0.05,
+        }
     wanted = {name: {"workers": 2, "arguments": a} for name, a in given.items()}
     with Jobs("callbacks.py", tmp_path_factory, wanted) as started:
         yield started
@@ -51,11 +66,6 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
 @pytest.fixture(scope="module", params=[0, 1], ids=["all_needed", "one_slow"])
 def everyday(request: pytest.FixtureRequest, jobs: Jobs) -> JobResult:
     return jobs[f"everyday_{request.param}"]
-
-
-@pytest.fixture(scope="module", params=[1, 3], ids=["one_step", "three_steps"])
-def wishes(request: pytest.FixtureRequest, jobs: Jobs) -> tuple[int, JobResult]:
-    return request.param, jobs[f"wishes_{request.param}"]
 
 
 @pytest.mark.parametrize("case", EVERYDAY)
@@ -109,10 +119,9 @@ def test_a_saved_model_continues_with_its_optimizer(everyday: JobResult) -> None
     assert everyday.common("continued", "iterations") == 4 * STEPS
 
 
-@pytest.mark.parametrize("case", WISHES)
-def test_all_stop_at_the_same_run(case: str, wishes: tuple[int, JobResult]) -> None:
-    steps, job = wishes
-    found = job.common(f"{case} by {steps}")
+@pytest.mark.parametrize(("steps", "case"), EACH_WISH)
+def test_all_stop_at_the_same_run(steps: int, case: str, jobs: Jobs) -> None:
+    found = jobs[f"wishes_{steps}"].common(f"{case} by {steps}")
     assert 0 < found["runs"] < 30 * STEPS
     assert found["runs"] % steps == 0
     # No epoch is begun in vain.
@@ -120,14 +129,14 @@ def test_all_stop_at_the_same_run(case: str, wishes: tuple[int, JobResult]) -> N
     assert found["stops"]
 
 
-def test_all_stop_where_all_want_to(wishes: tuple[int, JobResult]) -> None:
-    steps, job = wishes
+@pytest.mark.parametrize("steps", WISHES)
+def test_all_stop_where_all_want_to(steps: int, jobs: Jobs) -> None:
+    job = jobs[f"wishes_{steps}"]
     assert job.common(f"on_epoch_end of all by {steps}", "runs") == STEPS
 
 
-@pytest.mark.parametrize("case", WISHES)
-def test_a_later_fit_is_not_stopped(case: str, wishes: tuple[int, JobResult]) -> None:
-    steps, job = wishes
-    found = job.common(f"after {case} by {steps}")
+@pytest.mark.parametrize(("steps", "case"), EACH_WISH)
+def test_a_later_fit_is_not_stopped(steps: int, case: str, jobs: Jobs) -> None:
+    found = jobs[f"wishes_{steps}"].common(f"after {case} by {steps}")
     assert found["runs"] == 2 * STEPS
     assert not found["stops"]

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .harness import JobResult, Jobs
+from .harness import JobResult, Jobs, run_job
 
 pytestmark = pytest.mark.timeout(560)
 
@@ -31,17 +31,14 @@ CASES = (*TOLERANCES, *ONLY_ALIKE)
 FEW = ("sgd", "normalised", "overflows", "whole", "own")
 
 
-DEVICES = (2, 4)
-
-
 @pytest.fixture(scope="module")
 def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     late = {"plain": False, "devices": 2, "backup_workers": 1, "pause_seconds": 0.1}
-    wanted = {"plain": {"workers": 0, "arguments": {"plain": True, "devices": 1}}}
-    for devices in DEVICES:
-        arguments = {"plain": False, "devices": devices} | ({"only": FEW} if devices == 4 else {})
-        wanted[f"{devices}"] = {"workers": 2, "arguments": arguments}
-    wanted["slow"] = {"workers": 2, "arguments": late}
+    wanted = {
+        "plain": {"workers": 0, "arguments": {"plain": True, "devices": 1}},
+        "2": {"workers": 2, "arguments": {"plain": False, "devices": 2}},
+        "slow": {"workers": 2, "arguments": late},
+    }
     with Jobs("devices.py", tmp_path_factory, wanted) as started:
         yield started
 
@@ -51,14 +48,17 @@ def plain(jobs: Jobs) -> dict[str, Any]:
     return jobs["plain"].results[0]
 
 
-@pytest.fixture(scope="module", params=DEVICES, ids=lambda n: f"{n}_devices")
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def devices(request: pytest.FixtureRequest) -> int:
     return request.param
 
 
 @pytest.fixture(scope="module")
-def job(devices: int, jobs: Jobs) -> JobResult:
-    return jobs[f"{devices}"]
+def job(devices: int, jobs: Jobs, tmp_path_factory: pytest.TempPathFactory) -> JobResult:
+    if devices == 2:
+        return jobs["2"]
+    arguments = {"plain": False, "devices": devices, "only": FEW}
+    return run_job("devices.py", tmp_path_factory.mktemp("4"), workers=2, arguments=arguments)
 
 
 @pytest.fixture(scope="module")

@@ -112,21 +112,22 @@ def test_every_worker_reads_its_own_files(job: JobResult) -> None:
 
 
 def test_what_is_not_sharded_is_read_by_every_worker(job: JobResult, backup_workers: int) -> None:
-    everything = list(range(60))
-    for worker, result in enumerate(job.each("off")):
-        if not (backup_workers and worker == SLOW):
-            assert result["distinct"] == everything
+    _check_read(job, "off", 60, 12 // (WORKERS - backup_workers))
 
 
 def test_epochs_of_what_is_not_sharded_go_on_where_the_last_one_ended(
     job: JobResult, backup_workers: int
 ) -> None:
     # An epoch needs 10 pieces of 4 or 6 examples from each worker.
-    pieces = 12 // (WORKERS - backup_workers)
-    examples = range(min(120, 3 * KNOWN * pieces))
-    for worker, result in enumerate(job.each("off_known")):
-        if not (backup_workers and worker == SLOW):
-            assert set(result["distinct"]) >= set(examples)
+    piece = 12 // (WORKERS - backup_workers)
+    _check_read(job, "off_known", min(120, 3 * KNOWN * piece), piece)
+
+
+def _check_read(job: JobResult, case: str, count: int, piece: int) -> None:
+    """Checks that each worker has read so many examples, but for those of its replays."""
+    for result in job.each(case):
+        missing = set(range(count)) - set(result["distinct"])
+        assert len(missing) <= piece * (result["rounds"] - result["contributed"])
 
 
 def test_a_worker_that_is_behind_does_not_read(job: JobResult, backup_workers: int) -> None:

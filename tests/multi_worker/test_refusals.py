@@ -1,11 +1,11 @@
 """What cannot work with several workers is refused on each of them, with the way out."""
 
 import re
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 
-from .harness import JobResult, run_job
+from .harness import JobResult, Jobs
 
 pytestmark = pytest.mark.timeout(260)
 
@@ -36,8 +36,21 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> JobResult:
-    return run_job("refusals.py", tmp_path_factory.mktemp("refusals"), workers=2)
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    unequal = {"program": "unequal_exchanges.py", "workers": 2}
+    wanted = {
+        # First that in which worker 1 waits long for a service that has gone with worker 0.
+        "unequal_1": unequal | {"arguments": {"twice": 1}},
+        "refusals": {"workers": 2},
+        "unequal_0": unequal | {"arguments": {"twice": 0}},
+    }
+    with Jobs("refusals.py", tmp_path_factory, wanted) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def job(jobs: Jobs) -> JobResult:
+    return jobs["refusals"]
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -62,8 +75,8 @@ def test_a_model_of_another_strategy_is_trained_by_each_worker_alone(job: JobRes
 
 
 @pytest.mark.parametrize("twice", [0, 1])
-def test_an_unequal_number_of_exchanges_is_refused(tmp_path: Path, twice: int) -> None:
-    job = run_job("unequal_exchanges.py", tmp_path, workers=2, arguments={"twice": twice})
+def test_an_unequal_number_of_exchanges_is_refused(jobs: Jobs, twice: int) -> None:
+    job = jobs[f"unequal_{twice}"]
     # Whose message the service sees first decides which worker is refused; the other one goes on
     # alone, unless the service has gone with worker 0.
     told = [e for e in job.each("error") if "Every worker must" in e]

@@ -221,8 +221,13 @@ def test_workers_end_alike_though_streams_break_in_the_middle_of_runs(
     *results, count = service.together(*(lambda s=s: work(s) for s in sessions), cut)
     assert count
     assert all(same(*both) for both in zip(*results, strict=True))
-    # Who is away for a moment is not waited for; but most of the time all are there.
-    assert sum(same(r, total(2, run)) for run, r in enumerate(results[0])) > runs / 2
+    # Who is away for a moment is not waited for; who is there again is.
+    service.until(lambda: all(all(s._ready) for s in sessions))
+    more = service.together(
+        *(lambda s=s: [do_run(s, run, 0.002) for run in range(runs, runs + 5)] for s in sessions)
+    )
+    assert all(same(*both) for both in zip(*more, strict=True))
+    assert same(more[0][-1], total(2, runs + 4))
 
 
 @pytest.mark.parametrize(

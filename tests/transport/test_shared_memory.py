@@ -1,6 +1,7 @@
 """Sessions whose values lie in memory that is shared with the service, or partly do."""
 
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import combinations
@@ -279,6 +280,25 @@ def test_deterministic_sums_go_on_without_a_worker_that_leaves(serve: Serve) -> 
         for t in total((1, 2), 0)
     ]
     assert same(arrays, expected)
+
+
+def test_a_service_ends_although_values_wait_for_their_turn(serve: Serve) -> None:
+    """Its threads would keep the process, also after the program is done."""
+    before = set(threading.enumerate())
+    service = serve(2, deterministic=True, transport="grpc")
+    _, second = service.sessions()
+    second.send(0, 0, plan(SPECS, BUCKET_BYTES, 1), values(1, 0))
+    job = service.servers[0].job
+    service.until(lambda: job.report().workers)
+    time.sleep(0.3)
+    service.servers[0].close(grace_seconds=0)
+
+    def reads(thread: threading.Thread) -> bool:
+        return thread.name == "tf_syncdist_reader" and thread not in before
+
+    service.until(lambda: not any(map(reads, threading.enumerate())))
+    # Those that send have come to their end when nothing is left to be sent.
+    assert not job._streams  # noqa: SLF001
 
 
 def test_backup_workers_and_deterministic_sums_exclude_each_other(serve: Serve) -> None:

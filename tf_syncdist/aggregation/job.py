@@ -125,8 +125,7 @@ class Job(Attendance):
         with self._lock:
             if self._hello is None or not self._members.is_life(worker, incarnation):
                 return 1.0
-            self._hear(worker)
-            return self._members.patience_seconds() / 4
+            return self._members.beat(worker, self._clock())
 
     def freeze(self) -> None:
         """Decides nothing any more: the service ends, and workers go on with the next one."""
@@ -142,11 +141,14 @@ class Job(Attendance):
     def lost(self, worker: int, why: str, outbox: Outbox | None = None) -> None:
         """Takes note that a worker's stream is gone, orderly or not."""
         with self._lock:
-            if self._frozen or not self._is_stream(worker, outbox):
+            if not self._is_stream(worker, outbox):
                 return
+            # Also where nothing is decided any more: the stream's threads are to end.
             self._streams.pop(worker).close()
             self._memories.pop(worker)
             self._turned.notify_all()
+            if self._frozen:
+                return
             now = self._clock()
             self._relay.drop(worker, now)
             is_away = worker in self._present

@@ -9,6 +9,8 @@ _LEAST_SECONDS = 1.0
 # ... and never waited for longer than for so many rounds.
 _ROUNDS = 300.0
 _RECENT_ROUNDS = 20
+# Where so much time passes between two looks at the clock, this process itself had no turn.
+_ASLEEP_SECONDS = 0.5
 
 # How long a worker whose connection broke may take to come back to where it was.
 AWAY_SECONDS = 30.0
@@ -56,6 +58,8 @@ class Members:
         }
         self._addresses: dict[int, str] = {}
         self._heard: dict[int, float] = {}
+        self._patience: dict[int, float] = {}
+        self._looked_at: float | None = None
         self._here: set[int] = set()
         self._silent: set[int] = set()
         self._away: dict[int, float] = {}
@@ -144,6 +148,13 @@ class Members:
         """Takes note of a sign of life."""
         self._heard[worker] = now
 
+    def beat(self, worker: int, now: float) -> float:
+        """Takes note of a heartbeat and returns in how many seconds the next one is due."""
+        self.hear(worker, now)
+        # Where rounds become faster, this worker does not know of it before its next heartbeat.
+        self._patience[worker] = self.patience_seconds()
+        return self._patience[worker] / 4
+
     def round_ended(self, now: float) -> None:
         """Takes note that a round is over."""
         self._rounds.append(now)
@@ -162,12 +173,25 @@ class Members:
             self._away[worker] = now
 
     def tick(self, now: float) -> Changes:
-        """Returns what has changed by the passing of time."""
+        """Returns what has changed by the passing of time. To be called every 0.2 s or so."""
+        self._forgive(now)
         patience = self.patience_seconds()
-        quiet = {w for w in self._here if now - self._heard[w] > patience}
+        quiet = {
+            w
+            for w in self._here
+            if now - self._heard[w] > max(patience, self._patience.get(w, 0.0))
+        }
         silent, heard = quiet - self._silent, self._silent - quiet
         given_up = {w for w, since in self._away.items() if now - since > AWAY_SECONDS}
         self._silent = quiet
         for worker in given_up:
             del self._away[worker]
         return Changes(tuple(sorted(silent)), tuple(sorted(heard)), tuple(sorted(given_up)))
+
+    def _forgive(self, now: float) -> None:
+        """Leaves out the time in which this process had no turn, and so could not hear anybody."""
+        asleep = 0.0 if self._looked_at is None else now - self._looked_at
+        self._looked_at = now
+        if asleep > _ASLEEP_SECONDS:
+            for worker in self._here - self._silent:
+                self._heard[worker] = min(self._heard[worker] + asleep, now)

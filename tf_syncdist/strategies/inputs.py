@@ -13,6 +13,9 @@ import tensorflow as tf
 
 from tf_syncdist.strategies import adapter
 
+# AutoGraph takes a fifth of a second for these functions, and would find nothing to convert.
+as_it_is = tf.autograph.experimental.do_not_convert
+
 
 def divide(dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int) -> tf.data.Dataset:
     """Returns one worker's share of a batched dataset.
@@ -46,7 +49,7 @@ def divide(dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int)
         # Without a known length nobody can say when the epoch ends for the others, so every
         # worker takes one piece of every batch, and b of the pieces are computed twice.
         return dataset.enumerate().map(
-            lambda k, batch: _piece(batch, tf.cast(k + worker, tf.int32) % pieces, pieces)
+            as_it_is(lambda k, batch: _piece(batch, tf.cast(k + worker, tf.int32) % pieces, pieces))
         )
     mine = _deal(dataset.repeat(), pieces, worker, num_workers)
     return mine if cardinality == tf.data.INFINITE_CARDINALITY else mine.take(cardinality)
@@ -77,6 +80,7 @@ def split(dataset: tf.data.Dataset, devices: int) -> tf.data.Dataset:
     if devices == 1:
         return dataset
 
+    @as_it_is
     def cut(*batch: Any) -> Any:
         whole = _unstar(batch)
         return adapter.per_replica([_piece(whole, tf.constant(i), devices) for i in range(devices)])
@@ -89,11 +93,12 @@ def group(dataset: tf.data.Dataset, devices: int) -> tf.data.Dataset:
     if devices == 1:
         return dataset
 
+    @as_it_is
     def together(*windows: Any) -> tf.data.Dataset:
         # A window of nests is a nest of windows.
         elements = tf.data.Dataset.zip(_unstar(windows))
         parts = tf.data.Dataset.zip(tuple(elements.skip(i).take(1) for i in range(devices)))
-        return parts.map(lambda *values: adapter.per_replica(values))
+        return parts.map(as_it_is(lambda *values: adapter.per_replica(values)))
 
     return dataset.window(devices, drop_remainder=True).flat_map(together)
 
@@ -171,7 +176,7 @@ class WorkerDataset(tf.distribute.DistributedDataset):
             return iter(self._dataset)
         if self._part is None:
             whole = iter(self._dataset)
-            self._part = tf.data.Dataset.range(self._each).map(lambda _: whole.get_next())
+            self._part = tf.data.Dataset.range(self._each).map(as_it_is(lambda _: whole.get_next()))
         return iter(self._part)
 
     @property
@@ -220,12 +225,12 @@ def check_divisible(batch_size: int, pieces: int) -> None:
 def _deal(dataset: tf.data.Dataset, pieces: int, worker: int, num_workers: int) -> tf.data.Dataset:
     """Deals out the pieces of all batches in turn."""
     if num_workers == pieces:
-        return dataset.map(lambda *batch: _piece(_unstar(batch), worker, pieces))
+        return dataset.map(as_it_is(lambda *batch: _piece(_unstar(batch), worker, pieces)))
     return (
         dataset.enumerate()
-        .map(lambda k, batch: (_first_piece(k, pieces, worker, num_workers), batch))
-        .filter(lambda index, batch: index < pieces)
-        .map(lambda index, batch: _piece(batch, index, pieces))
+        .map(as_it_is(lambda k, batch: (_first_piece(k, pieces, worker, num_workers), batch)))
+        .filter(as_it_is(lambda index, batch: index < pieces))
+        .map(as_it_is(lambda index, batch: _piece(batch, index, pieces)))
     )
 
 

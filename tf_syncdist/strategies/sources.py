@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_syncdist.strategies.controller import RunController
+from tf_syncdist.strategies.inputs import as_it_is
 from tf_syncdist.transport.session import Session
 
 _READ, _REPEAT, _END = 0, 1, -1
@@ -56,6 +57,7 @@ class Source:
         spec = dataset.element_spec
         flat = tf.nest.flatten(spec, expand_composites=True)
 
+        @as_it_is
         def remember(*batch: Any) -> Any:
             batch = batch[0] if len(batch) == 1 else batch
             tensors = tf.nest.flatten(batch, expand_composites=True)
@@ -64,6 +66,7 @@ class Source:
             with tf.control_dependencies([done]):
                 return tf.nest.map_structure(tf.identity, batch, expand_composites=True)
 
+        @as_it_is
         def previous(*_: Any) -> Any:
             dtypes = [s.dtype for s in flat]
             found = tf.numpy_function(functools.partial(self._previous_or, flat), [], dtypes)
@@ -76,18 +79,24 @@ class Source:
         # What may be read ahead is the dataset itself, but no decision.
         real = dataset.prefetch(1).map(remember)
         if self._ends:
-            after = endless.map(lambda _: tf.numpy_function(self._out_of_data, [], tf.bool))
-            real = real.concatenate(after.take_while(lambda goes_on: goes_on).map(previous))
+            after = endless.map(
+                as_it_is(lambda _: tf.numpy_function(self._out_of_data, [], tf.bool))
+            )
+            real = real.concatenate(
+                after.take_while(as_it_is(lambda goes_on: goes_on)).map(previous)
+            )
 
+        @as_it_is
         def choices(number: tf.Tensor) -> tf.data.Dataset:
+            @as_it_is
             def choose(index: tf.Tensor) -> tf.Tensor:
                 choice = tf.numpy_function(self._choose, [number, index], tf.int64)
                 choice.set_shape(())
                 return choice
 
-            return endless.map(choose).take_while(lambda choice: choice >= 0)
+            return endless.map(choose).take_while(as_it_is(lambda choice: choice >= 0))
 
-        begin = tf.data.Dataset.range(1).map(self._numbered)
+        begin = tf.data.Dataset.range(1).map(as_it_is(self._numbered))
         chosen = tf.data.Dataset.choose_from_datasets([real, repeated], begin.flat_map(choices))
         # Nothing may be decided ahead of its run: a vote for the end would wait for workers that
         # are past the last run, and these for this worker.

@@ -1,5 +1,6 @@
 """Variables of a strategy: which there are, what they hold, and fingerprints of them."""
 
+import contextlib
 import gc
 import hashlib
 import weakref
@@ -40,7 +41,7 @@ def variables_sha256(variables: Iterable[object]) -> str:
 
 def fingerprint(variable: tf.Variable) -> int:
     """Returns 64 bits that differ if the value of a variable does."""
-    value = np.ascontiguousarray(adapter.components(variable)[0].numpy())
+    value = np.ascontiguousarray(_value(variable))
     digest = hashlib.blake2b(value.reshape(-1).view(np.uint8), digest_size=8)
     return int.from_bytes(digest.digest(), "little")
 
@@ -175,8 +176,20 @@ def specs(variables: Iterable[tf.Variable], names: dict[int, str]) -> list[Spec]
 
 
 def read(variables: Iterable[tf.Variable]) -> list[np.ndarray]:
-    """Returns the values of this worker's first copies."""
-    return [adapter.components(v)[0].numpy() for v in variables]
+    """Returns the values of this worker's first copies, which stay as they are.
+
+    Nothing is copied here. TensorFlow copies a variable that is written while its value is held.
+    """
+    return [_value(v) for v in variables]
+
+
+def _value(variable: tf.Variable) -> np.ndarray:
+    tensor = adapter.components(variable)[0].read_value()
+    if tensor.device.endswith("CPU:0"):
+        with contextlib.suppress(ValueError):
+            # NumPy knows no buffers of bfloat16.
+            return np.asarray(memoryview(tensor))
+    return tensor.numpy()
 
 
 def assign(variables: Iterable[tf.Variable], values: Iterable[np.ndarray]) -> None:

@@ -45,7 +45,7 @@ given = dict(task.ARGUMENTS["propagation"])
 strategy = tf_syncdist.SyncReplicasStrategy(
     propagation=_NAMES[given.pop("name")](**given),
     **task.ARGUMENTS.get("strategy", {}),
-    **(task.PATIENCE | {"bucket_bytes": None}),
+    **(task.patience() | {"bucket_bytes": None}),
 )
 with strategy.scope():
     variables = [

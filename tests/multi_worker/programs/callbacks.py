@@ -20,7 +20,8 @@ x = random.randn(EXAMPLES, 6).astype("float32")
 y = (x[:, :2] * x[:, 2:4]).astype("float32")
 
 strategy = tf_syncdist.SyncReplicasStrategy(
-    backup_workers=task.ARGUMENTS["backup_workers"], **task.PATIENCE
+    backup_workers=task.ARGUMENTS["backup_workers"],
+    **task.patience(task.ARGUMENTS["backup_workers"]),
 )
 worker = strategy.worker_index
 last = worker == strategy.num_workers - 1
@@ -147,6 +148,8 @@ def wishes(steps_per_execution: int) -> None:
     """One worker, or all, want to stop."""
     for who in (0, strategy.num_workers - 1):
         for at, after in (("on_train_batch_end", 5), ("on_epoch_end", 0), ("on_epoch_begin", 1)):
+            if f"{at} of {who}" not in task.ARGUMENTS["wishes"]:
+                continue
             model = build(steps_per_execution=steps_per_execution)
             count = [0]
 
@@ -158,6 +161,8 @@ def wishes(steps_per_execution: int) -> None:
             results[name] = fit(model, wishing(model, when, at), epochs=30)
             results[f"after {name}"] = fit(model, epochs=2)
     for at in ("on_epoch_end", "on_train_batch_end"):
+        if f"{at} of all" not in task.ARGUMENTS["wishes"]:
+            continue
         model = build(steps_per_execution=steps_per_execution)
         name = f"{at} of all by {steps_per_execution}"
         results[name] = fit(model, wishing(model, lambda: True, at), epochs=30)

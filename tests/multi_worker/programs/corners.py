@@ -27,7 +27,8 @@ plain: bool = task.ARGUMENTS["plain"]
 strategy: Any = None
 if not plain:
     strategy = tf_syncdist.SyncReplicasStrategy(
-        backup_workers=task.ARGUMENTS.get("backup_workers", 0), **task.PATIENCE
+        backup_workers=task.ARGUMENTS.get("backup_workers", 0),
+        **task.patience(task.ARGUMENTS.get("backup_workers", 0)),
     )
 worker = 0 if plain else strategy.worker_index
 pause = task.ARGUMENTS.get("pause_seconds", 0.0) if worker == 1 else 0.0

@@ -98,7 +98,9 @@ def main() -> None:
         task.write(0, train(build()))
         return
     note_sends()
-    strategy = tf_syncdist.SyncReplicasStrategy(**(task.PATIENCE | task.ARGUMENTS["strategy"]))
+    given = task.ARGUMENTS["strategy"]
+    patience = task.patience(given.get("backup_workers", 0))
+    strategy = tf_syncdist.SyncReplicasStrategy(**(patience | given))
     with strategy.scope():
         model = build()
     results = train(model)

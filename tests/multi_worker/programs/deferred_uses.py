@@ -23,7 +23,7 @@ STEPS = 8
 RATE = 0.5
 
 strategy = tf_syncdist.SyncReplicasStrategy(
-    propagation=PriorityPropagation(slice_elements=4, credit_bytes=16), **task.PATIENCE
+    propagation=PriorityPropagation(slice_elements=4, credit_bytes=16), **task.patience()
 )
 worker = strategy.worker_index
 controller = strategy._controller

@@ -23,7 +23,8 @@ tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfigur
 strategy = tf.distribute.get_strategy()
 if not PLAIN:
     strategy = tf_syncdist.SyncReplicasStrategy(
-        backup_workers=task.ARGUMENTS.get("backup_workers", 0), **task.PATIENCE
+        backup_workers=task.ARGUMENTS.get("backup_workers", 0),
+        **task.patience(task.ARGUMENTS.get("backup_workers", 0)),
     )
 worker = 0 if PLAIN else strategy.worker_index
 pause = task.ARGUMENTS.get("pause_seconds", 0.0) if worker == 1 else 0.0

@@ -20,7 +20,8 @@ x = random.randn(BATCH_SIZE * STEPS, 5).astype("float32")
 y = x[:, :2] * x[:, 2:4]
 
 strategy = tf_syncdist.SyncReplicasStrategy(
-    backup_workers=task.ARGUMENTS["backup_workers"], **task.PATIENCE
+    backup_workers=task.ARGUMENTS["backup_workers"],
+    **task.patience(task.ARGUMENTS["backup_workers"]),
 )
 worker = strategy.worker_index
 pause = task.ARGUMENTS.get("pause_seconds", 0.0) if worker == 1 else 0.0

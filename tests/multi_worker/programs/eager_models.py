@@ -37,7 +37,7 @@ def train(strategy: tf_syncdist.SyncReplicasStrategy, fold: int) -> dict[str, ob
 
 
 def main() -> None:
-    strategy = tf_syncdist.SyncReplicasStrategy(**task.PATIENCE)
+    strategy = tf_syncdist.SyncReplicasStrategy(**task.patience())
     results = {f"fold {fold}": train(strategy, fold) for fold in range(3)}
     task.write(strategy.worker_index, {**results, "local": strategy.local_report()._asdict()})
 

@@ -98,7 +98,7 @@ def cases() -> Iterator[tuple[str, Callable, Callable, dict, dict]]:
 
 def main() -> None:
     plain = task.ARGUMENTS["plain"]
-    strategy = None if plain else tf_syncdist.SyncReplicasStrategy(**task.PATIENCE)
+    strategy = None if plain else tf_syncdist.SyncReplicasStrategy(**task.patience())
     worker = 0 if plain else strategy.worker_index
     results = {}
     for number, (name, build, optimizer, compiled, fitted) in enumerate(cases()):

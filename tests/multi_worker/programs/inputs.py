@@ -29,7 +29,7 @@ def _note(inputs: np.ndarray) -> np.float32:
 
 
 def main() -> None:
-    strategy = tf_syncdist.SyncReplicasStrategy(**task.PATIENCE)
+    strategy = tf_syncdist.SyncReplicasStrategy(**task.patience())
     x = np.arange(EXAMPLES, dtype="float32")[:, None]
     y = np.zeros_like(x)
     with strategy.scope():

@@ -74,7 +74,7 @@ def until_gone(victim: int, seconds: float = 90.0) -> None:
 if arguments.get("connect"):
     # Nobody serves at the address.
     signal_me(1)
-strategy = tf_syncdist.SyncReplicasStrategy(**task.PATIENCE)
+strategy = tf_syncdist.SyncReplicasStrategy(**(task.PATIENCE | arguments.get("strategy", {})))
 worker = strategy.worker_index
 BATCH_SIZE = 2 * strategy.num_workers
 x = np.random.RandomState(0).randn(BATCH_SIZE * STEPS, 3).astype("float32")

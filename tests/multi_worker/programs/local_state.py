@@ -234,7 +234,7 @@ def main() -> None:
     backup = arguments["backup_workers"]
     strategy = None
     if not arguments["plain"]:
-        strategy = tf_syncdist.SyncReplicasStrategy(backup_workers=backup, **task.PATIENCE)
+        strategy = tf_syncdist.SyncReplicasStrategy(backup_workers=backup, **task.patience(backup))
     worker = strategy.worker_index if strategy else 0
     results: dict[str, Any] = {"noise": {}}
     if strategy:

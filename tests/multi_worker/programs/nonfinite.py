@@ -96,7 +96,7 @@ def main() -> None:
     strategy = tf_syncdist.SyncReplicasStrategy(
         backup_workers=task.ARGUMENTS["backup_workers"],
         nonfinite=task.ARGUMENTS["nonfinite"],
-        **task.PATIENCE,
+        **task.patience(task.ARGUMENTS["backup_workers"]),
     )
     results: dict[str, Any] = {}
     for number, (name, case) in enumerate(cases().items()):

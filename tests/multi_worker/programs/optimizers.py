@@ -195,7 +195,8 @@ def main() -> None:
     strategy = None
     if not arguments["plain"]:
         strategy = tf_syncdist.SyncReplicasStrategy(
-            backup_workers=arguments["backup_workers"], **task.PATIENCE
+            backup_workers=arguments["backup_workers"],
+            **task.patience(arguments["backup_workers"]),
         )
     worker = strategy.worker_index if strategy else 0
     pause = arguments.get("pause_seconds", 0.0) if worker == 1 else 0.0

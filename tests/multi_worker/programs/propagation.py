@@ -19,8 +19,9 @@ WORDS = 7
 
 priority = task.ARGUMENTS.get("priority")
 propagation = PriorityPropagation(**priority) if priority else FifoPropagation()
+given = task.ARGUMENTS.get("strategy", {})
 strategy = tf_syncdist.SyncReplicasStrategy(
-    propagation=propagation, **task.ARGUMENTS.get("strategy", {}), **task.PATIENCE
+    propagation=propagation, **given, **task.patience(given.get("backup_workers", 0))
 )
 worker = strategy.worker_index
 controller = strategy._controller

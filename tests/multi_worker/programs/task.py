@@ -25,6 +25,16 @@ PATIENCE = {
 }
 
 
+def patience(backup_workers: int = 0) -> dict[str, Any]:
+    """Returns `PATIENCE` of a job in which no worker is left out, also not for having had no turn.
+
+    What has to be as in one process is so only with everybody's values.
+    """
+    cluster = json.loads(os.environ.get("TF_CONFIG", "{}")).get("cluster", {})
+    workers = len(cluster.get("worker", ())) + len(cluster.get("chief", ()))
+    return PATIENCE | {"min_workers": max(1, workers - backup_workers)}
+
+
 def meet(strategy: tf_syncdist.SyncReplicasStrategy, place: str, seconds: float = 100.0) -> None:
     """Waits until every worker has come here; no part of what is tested."""
     (_DIRECTORY / f"{place}.{strategy.worker_index}").touch()

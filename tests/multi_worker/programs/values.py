@@ -17,7 +17,9 @@ PER_REPLICA = 3
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * DEVICES)
 resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
 strategy = tf_syncdist.SyncReplicasStrategy(
-    backup_workers=task.ARGUMENTS["backup_workers"], cluster_resolver=resolver, **task.PATIENCE
+    backup_workers=task.ARGUMENTS["backup_workers"],
+    cluster_resolver=resolver,
+    **task.patience(task.ARGUMENTS["backup_workers"]),
 )
 worker = strategy.worker_index
 
