@@ -3,6 +3,7 @@
 from tf_syncdist.cutoff.deadline import Deadline
 from tf_syncdist.cutoff.decisions import CutoffPolicy, Decision, SliceView
 from tf_syncdist.cutoff.elfving import Elfving
+from tf_syncdist.cutoff.learned import LearnedCutoff
 from tf_syncdist.cutoff.order_statistics import OrderStatistics
 from tf_syncdist.cutoff.planning import Plan, Planner, RoundTimes
 from tf_syncdist.cutoff.policies import BackupWorkers, FullSync, deserialize, serialize
@@ -14,6 +15,7 @@ __all__ = [
     "Decision",
     "Elfving",
     "FullSync",
+    "LearnedCutoff",
     "OrderStatistics",
     "Plan",
     "Planner",

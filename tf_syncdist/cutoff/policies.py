@@ -12,6 +12,7 @@ from tf_syncdist.cutoff.decisions import (
     close_after,
 )
 from tf_syncdist.cutoff.elfving import Elfving
+from tf_syncdist.cutoff.learned import LearnedCutoff
 from tf_syncdist.cutoff.order_statistics import OrderStatistics
 
 
@@ -68,7 +69,8 @@ class BackupWorkers(FrozenPolicy):
 
 
 _POLICIES = {
-    cls.__name__: cls for cls in (FullSync, BackupWorkers, Deadline, Elfving, OrderStatistics)
+    cls.__name__: cls
+    for cls in (FullSync, BackupWorkers, Deadline, Elfving, OrderStatistics, LearnedCutoff)
 }
 
 

@@ -1,1 +1,1 @@
-"""Training of the run-time models that `LearnedCutoff` uses. Only this imports TensorFlow for them."""
+"""Training of the run-time models of `LearnedCutoff`; it takes TensorFlow, their use does not."""

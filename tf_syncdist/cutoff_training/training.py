@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tf_syncdist.cutoff import groups, markov_fit, replay
+from tf_syncdist.cutoff import markov_fit, replay
 from tf_syncdist.cutoff.decisions import least_count
 from tf_syncdist.cutoff.learned import experts
 from tf_syncdist.cutoff.models import Evaluation, RunTimeModel
