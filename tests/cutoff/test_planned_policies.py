@@ -42,11 +42,8 @@ def test_a_slice_closes_as_planned_and_says_why(policy: Elfving) -> None:
     view = SliceView(1.0, 0.0, 5, 8, 8, Plan(6, 1.25, "of a test"))
     assert not policy.decide(view).close
     decision = policy.decide(view._replace(contributions=6))
-    assert decision == (
-        True,
-        None,
-        "the first 6 of 8 are in; planned 6 in 1.25 s: of a test",
-    )
+    assert decision.close
+    assert decision.reason == "the first 6 of 8 are in; planned 6 in 1.25 s: of a test"
     assert policy.decide(view._replace(possible=5)).close
 
 

@@ -16,10 +16,11 @@ class SliceState:
         possible: How many may be in it at most.
         stamp: What was known of the workers when that was counted.
         closed: Whether no more are accepted.
-        wait_until: When to ask the policy again about it.
+        wait_until: When to ask the policy again about it,
+        ask_at: and with how many contributions, if nothing else changes before.
     """
 
-    __slots__ = ("closed", "contributors", "possible", "spec", "stamp", "wait_until")
+    __slots__ = ("ask_at", "closed", "contributors", "possible", "spec", "stamp", "wait_until")
 
     def __init__(self, spec: SliceSpec) -> None:
         self.spec = spec
@@ -28,6 +29,7 @@ class SliceState:
         self.stamp = -1
         self.closed = False
         self.wait_until: float | None = None
+        self.ask_at = 0
 
 
 def check_spec(worker: int, key: SliceKey, agreed: SliceSpec, spec: SliceSpec) -> None:

@@ -406,4 +406,12 @@ class Attendance:
             self.on_alarm()
 
     def _publish(self) -> None:
-        raise NotImplementedError
+        """Sends the results that are complete; making them does not hold the lock."""
+        while self._hello is not None:
+            with self._lock:
+                slot = self._delivery.next_ready()
+            if slot is None:
+                return
+            slot.finish(self._rounds.replicas_to_aggregate)
+            with self._lock:
+                self._delivery.publish(slot)

@@ -26,7 +26,7 @@ class Cutoff:
         """Asks the policy."""
         try:
             decision = self.policy.decide(view)
-            close, wait_until, _ = decision
+            close, wait_until, *_ = decision
             if close or wait_until is None or view.now < wait_until < math.inf:
                 return decision
             raise ValueError(

@@ -33,7 +33,7 @@ class Positions(list[int]):
     def advance(self, worker: int) -> None:
         """Takes note that a worker that counts has done its run."""
         run = self[worker]
-        super().__setitem__(worker, run + 1)
+        list.__setitem__(self, worker, run + 1)
         if run == self._lowest and self._at_lowest:
             self._at_lowest -= 1
 

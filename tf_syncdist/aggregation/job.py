@@ -356,17 +356,6 @@ class Job(Attendance):
             if nbytes:
                 self._streams.tell(worker, pb.ToWorker(ack=pb.Ack(bytes=nbytes)))
 
-    def _publish(self) -> None:
-        """Sends the results that are complete; making them does not hold the lock."""
-        while self._hello is not None:
-            with self._lock:
-                slot = self._delivery.next_ready()
-            if slot is None:
-                return
-            slot.finish(self._rounds.replicas_to_aggregate)
-            with self._lock:
-                self._delivery.publish(slot)
-
     def _on_segment(self, worker: int, message: pb.Segment, *_: object) -> None:
         if self._streams[worker].opened is None:
             raise invalid(

@@ -83,6 +83,8 @@ class Rounds(KnownRounds):
         state.contributors[worker] = None
         if worker not in self._presence.awaited:
             state.stamp = -1
+        elif len(state.contributors) < state.ask_at and state.stamp == self._stamp:
+            return _ADDED
         closed = self._decide(key, run, state, now)
         return Receipt(Verdict.ADD, (closed,), closed.reason) if closed else _ADDED
 
@@ -355,10 +357,14 @@ class Rounds(KnownRounds):
             abstained.remove(worker)
             self._abstentions += 1
 
+    @property
+    def _stamp(self) -> int:
+        """Changes whenever others can contribute than before."""
+        return self._presence.version + self._abstentions
+
     def _decide(self, key: SliceKey, run: Run, state: SliceState, now: float) -> Closed | None:
-        stamp = self._presence.version + self._abstentions
-        if state.stamp != stamp:
-            state.stamp = stamp
+        if state.stamp != self._stamp:
+            state.stamp = self._stamp
             state.possible = len(self.to_come(key.run) | state.contributors.keys())
         view = SliceView(
             now,
@@ -369,9 +375,11 @@ class Rounds(KnownRounds):
             run.plan,
         )
         decision = self.cutoff.decide(view)
+        state.ask_at = decision.ask_at or 0
         if run.plan is None and self._plan_before is not None and not decision.close:
             # Nobody is to wait for a plan that takes longer to make than the round lasts.
             again = self.cutoff.decide(view._replace(plan=self._plan_before))
+            state.ask_at = again.ask_at or 0
             if again.close:
                 decision, run.plan = again, self._plan_before
         if decision.wait_until != state.wait_until:

@@ -33,8 +33,9 @@ class Deadline(FrozenPolicy):
     >>> from tf_syncdist.cutoff import Deadline, SliceView
     >>> policy = Deadline(seconds=0.5)
     >>> view = SliceView(now=7.2, opened_at=7.0, contributions=3, possible=4, num_workers=4)
-    >>> policy.decide(view)
-    Decision(close=False, wait_until=7.5, reason='3 of 4 contributions, and 0.3 s are left')
+    >>> close, wait_until, reason, _ = policy.decide(view)
+    >>> close, wait_until, reason
+    (False, 7.5, '3 of 4 contributions, and 0.3 s are left')
     >>> policy.decide(view._replace(now=7.5)).reason
     'the 0.5 s are over with 3 of 4'
     """

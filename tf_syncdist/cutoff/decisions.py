@@ -36,11 +36,14 @@ class Decision(NamedTuple):
         close: Whether the slice closes now, with what it has.
         wait_until: When to ask again if nothing arrives before; `None` for never.
         reason: One clause that tells a human why.
+        ask_at: With how many contributions to ask again, if neither the plan nor how many are
+            possible changes before; `None` for one more.
     """
 
     close: bool
     wait_until: float | None
     reason: str
+    ask_at: int | None = None
 
 
 class CutoffPolicy(Protocol):
@@ -97,7 +100,7 @@ def close_after(count: int, view: SliceView) -> Decision:
     """
     needed = min(count, view.possible)
     if view.contributions < needed or not view.contributions:
-        return Decision(False, None, f"{view.contributions} of {needed} contributions")
+        return Decision(False, None, f"{view.contributions} of {needed} contributions", needed)
     if needed < count:
         return Decision(True, None, f"only {needed} of {count} workers are left to wait for")
     return Decision(True, None, f"the first {needed} of {view.num_workers} are in")
@@ -114,8 +117,8 @@ def close_as_planned(view: SliceView, min_fraction: float) -> Decision:
     """
     plan = view.plan
     if plan is None:
-        close, wait_until, reason = close_after(view.num_workers, view)
-        return Decision(close, wait_until, f"{reason}; nothing is planned yet")
+        decision = close_after(view.num_workers, view)
+        return decision._replace(reason=f"{decision.reason}; nothing is planned yet")
     decision = close_after(max(plan.count, least_count(min_fraction, view.num_workers)), view)
     if not decision.close:
         return decision

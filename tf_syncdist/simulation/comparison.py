@@ -7,7 +7,7 @@ import numpy as np
 
 from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy
 from tf_syncdist.cutoff.replay import static_throughputs
-from tf_syncdist.simulation.bounds import GreedyOracle
+from tf_syncdist.simulation.bounds import GreedyOracle, greedy_throughput
 from tf_syncdist.simulation.jobs import Outcome, Trainer, simulate
 
 
@@ -88,12 +88,15 @@ def compare(
         train: See `simulate`.
     """
     busy = late_workers_stay_busy
-    oracle = simulate(seconds, GreedyOracle(), busy, first_round)
+    if busy:
+        oracle = simulate(seconds, GreedyOracle(), busy, first_round).throughput
+    else:
+        oracle = greedy_throughput(seconds[first_round:])
     rows = []
     for name, policy in policies.items():
         outcome = simulate(seconds, policy, busy, first_round, train)
-        rows.append(_row(name, outcome, oracle.throughput))
-    return Comparison(rows, oracle.throughput)
+        rows.append(_row(name, outcome, oracle))
+    return Comparison(rows, oracle)
 
 
 def sweep(seconds: np.ndarray, late_workers_stay_busy: bool = False, most: int = 40) -> Curve:
