@@ -4,7 +4,6 @@ No call waits for the training: what is pulled is the last model that was publis
 pushed is added up until the training takes it.
 """
 
-import concurrent.futures
 import threading
 from collections.abc import Callable, Iterator
 from typing import NoReturn
@@ -19,6 +18,7 @@ from tf_syncdist.transport import wire
 from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
 from tf_syncdist.transport.guards import CallGuard, Refusals
 from tf_syncdist.transport.models import Model, ModelFormat, Refusal
+from tf_syncdist.transport.server_threads import ServerThreads
 
 # A call holds a thread. More of them wait for one, and more than that are refused.
 _THREADS = 16
@@ -92,8 +92,9 @@ class PeerServer:
         self._published: tuple[bytes, ...] | None = None
         self._pushed = Pushed([], 0)
         self._closed = False
+        self._threads = ServerThreads(_THREADS, "tf_syncdist_peer")
         self._server = grpc.server(
-            concurrent.futures.ThreadPoolExecutor(_THREADS, "tf_syncdist_peer"),
+            self._threads,
             interceptors=(
                 CallGuard(credentials, (wire.GREET, wire.PULL, wire.PUSH), self._refusals),
             ),
@@ -155,6 +156,7 @@ class PeerServer:
         if not self._closed:
             self._closed = True
             self._server.stop(grace_seconds).wait(grace_seconds + 5)
+            self._threads.shutdown(wait=False)
 
     # Calls.
 
