@@ -158,7 +158,7 @@ class ModelAveragingStrategy(MixingStrategy):
         role = self._role
         if self._tunes:
             raise ValueError(
-                "Expected a number for `learners_per_device` where there are several workers, since "
+                "Expected a number for `learners_per_device` with several workers, since "
                 "each would measure for itself and they have to agree. Received: "
                 'learners_per_device="auto". Find the number with one worker and give it to all.'
             )
