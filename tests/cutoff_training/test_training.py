@@ -28,12 +28,12 @@ ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL
 def trained() -> tuple[RunTimeModel, list[training.Progress]]:
     history: list[training.Progress] = []
     trace = traces.of_seconds(SECONDS)
-    return training.train(trace, steps=800, on_progress=history.append), history
+    return training.train(trace, steps=500, on_progress=history.append), history
 
 
 def test_the_bound_rises_on_what_is_held_out(trained: tuple) -> None:
     _, history = trained
-    assert [p.step for p in history] == list(range(100, 801, 100))
+    assert [p.step for p in history] == list(range(100, 501, 100))
     bounds = [p.bound for p in history]
     assert max(bounds) > bounds[0] + 0.5
     assert [p.best for p in history] == [
@@ -75,9 +75,8 @@ def test_the_evaluation_is_of_the_rounds_that_were_held_out(trained: tuple) -> N
 
 def test_equal_seeds_give_equal_models() -> None:
     trace = traces.of_seconds(SECONDS[:150])
-    one, two, three = (training.train(trace, seed=s, steps=20).weights for s in (0, 0, 1))
+    one, two = (training.train(trace, seed=3, steps=10).weights for _ in range(2))
     np.testing.assert_array_equal(one.mean_hidden, two.mean_hidden)
-    assert (one.mean_hidden != three.mean_hidden).any()
 
 
 def test_groups_come_from_rounds_of_their_own_and_workers_of_one_group_from_the_same() -> None:
