@@ -9,7 +9,7 @@ from absl import app, flags
 
 from tf_syncdist.aggregation.limits import Limits
 from tf_syncdist.aggregation.server import AggregatorServer
-from tf_syncdist.cluster.huge_pages import restart_with_huge_pages
+from tf_syncdist.cluster.service_environment import restart_in_service_environment
 from tf_syncdist.transport.allocator import keep_freed_memory
 from tf_syncdist.transport.credentials import Credentials, read_token
 
@@ -111,5 +111,5 @@ def _watch(fd: int, server: AggregatorServer, stop: threading.Event) -> None:
 
 
 if __name__ == "__main__":
-    restart_with_huge_pages()
+    restart_in_service_environment()
     app.run(main)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import NoReturn
 
 from tf_syncdist.cluster.addresses import is_loopback
-from tf_syncdist.cluster.huge_pages import with_huge_pages
 from tf_syncdist.cluster.roles import ClusterRole
+from tf_syncdist.cluster.service_environment import service_environment
 from tf_syncdist.errors import AggregatorUnreachableError, ClusterConfigError
 
 _ANY = "0.0.0.0"
@@ -62,7 +62,7 @@ def environment(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     root = str(pathlib.Path(__file__).resolve().parents[2])
     paths = [root, *env.get("PYTHONPATH", "").split(os.pathsep)]
     env["PYTHONPATH"] = os.pathsep.join(p for p in dict.fromkeys(paths) if p)
-    return with_huge_pages(env)
+    return service_environment(env)
 
 
 def become_aggregator(

@@ -8,6 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
+# What NumPy and zipfile raise about files that are damaged or something else.
+_UNREADABLE = (
+    AttributeError,
+    EOFError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
 
 def save(path: str | os.PathLike, kind: str, version: int, arrays: Mapping[str, object]) -> None:
     """Writes arrays to a file that says what it is.
@@ -52,15 +66,7 @@ def load(
         raise error(
             f"Expected the file of a {kind}. Received: {str(path)!r}, which is not there."
         ) from e
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        KeyError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as e:
+    except _UNREADABLE as e:
         raise error(
             f"Expected the file of a {kind}, as tf_syncdist writes it. Received: {str(path)!r}, "
             f"which cannot be read ({type(e).__name__}: {e}). It is something else, or it was cut "

@@ -2,7 +2,11 @@
 
 import numpy as np
 
-_CORRELATION = 0.5
+_LEAST_CORRELATION = 0.5
+
+# In short traces workers of two machines may have been slow at the same time by chance; those of
+# one machine go together much better.
+_OF_BEST = 0.8
 
 
 def learned(log_seconds: np.ndarray) -> np.ndarray:
@@ -28,7 +32,10 @@ def learned(log_seconds: np.ndarray) -> np.ndarray:
     count = 0
     for worker in range(len(group)):
         if group[worker] < 0:
-            together = (centred[:, worker] @ centred > _CORRELATION) & (group < 0)
+            correlation = centred[:, worker] @ centred
+            correlation[worker] = 0
+            least = max(_LEAST_CORRELATION, _OF_BEST * correlation.max())
+            together = (correlation > least) & (group < 0)
             together[worker] = True
             group[together] = count
             count += 1

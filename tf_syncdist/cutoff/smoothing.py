@@ -79,9 +79,9 @@ class Smoother:
             change = np.mean(moved[steady] ** 2) - self._variance
             self._variance += _VARIANCE_RATE * change
             self._variance = max(self._variance, _LEAST_DEVIATION**2)
-        # Of an absent worker nothing new is known.
+        # Of an absent worker nothing new is known, and little of a late one.
         told = times.present | logs.seen
-        self._age = np.where(told, np.where(jumped, 1, self._age + 1), self._age)
+        self._age = np.where(told & jumped, 1, self._age + logs.seen)
         rate = np.maximum(_LEAST_RATE, 1 / np.maximum(self._age, 1))
         self._level = np.where(told, np.where(jumped, values, level + rate * moved), level)
         self._imputed = values

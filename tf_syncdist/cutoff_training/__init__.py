@@ -1,1 +1,1 @@
-"""Training of the run-time models of `LearnedCutoff`; nothing else of it imports TensorFlow."""
+"""Training of the run-time models of `LearnedCutoff`; it takes TensorFlow, their use does not."""
