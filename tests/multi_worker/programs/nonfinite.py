@@ -96,7 +96,7 @@ def main() -> None:
     strategy = tf_syncdist.SyncReplicasStrategy(
         backup_workers=task.ARGUMENTS["backup_workers"],
         nonfinite=task.ARGUMENTS["nonfinite"],
-        **task.patience(task.ARGUMENTS["backup_workers"]),
+        **task.PATIENCE,
     )
     results: dict[str, Any] = {}
     for number, (name, case) in enumerate(cases().items()):

@@ -143,8 +143,7 @@ def train(strategy: Any, number: int, case: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     strategy = tf_syncdist.SyncReplicasStrategy(
-        backup_workers=task.ARGUMENTS["backup_workers"],
-        **task.patience(task.ARGUMENTS["backup_workers"]),
+        backup_workers=task.ARGUMENTS["backup_workers"], **task.PATIENCE
     )
     results = {}
     for number, (name, case) in enumerate(cases().items()):
