@@ -10,10 +10,12 @@ training writes, such as the statistics of batch normalisation. Of what optimize
 states of random generators, the first learner's copy is the program's own variable.
 """
 
+import math
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from tf_syncdist.strategies import adapter, traces
@@ -134,6 +136,21 @@ class Learners:
             parts = adapter.components(variable)
             instead[id(parts[0].handle)] = parts[learner].handle
         return [instead.get(id(t), t) for t in step.function.captured_inputs]
+
+    def distances(self) -> list[float]:
+        """Returns how far each learner is from the central model, in lengths of that."""
+        found = []
+        for number in range(self.count):
+            apart = whole = 0.0
+            for ref, copies in self._copies.values():
+                variable = ref()
+                if variable is None or not variable.trainable:
+                    continue
+                model = adapter.components(variable)[0].numpy().astype(np.float64)
+                apart += np.sum((copies[number].numpy() - model) ** 2)
+                whole += np.sum(model**2)
+            found.append(math.sqrt(apart / whole) if whole else 0.0)
+        return found
 
     def restart(self, variables: Iterable[tf.Variable] | None = None) -> None:
         """Gives every learner the values of the program's own variables, outside of a graph.

@@ -158,6 +158,15 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
     def _is_alone(self) -> bool:
         return self._member is None and self._learners.count == 1
 
+    def distances(self) -> list[float]:
+        """Returns how far each learner of this worker is from the central model.
+
+        Returns:
+            For each learner the norm of the difference of what is trained, divided by the norm of
+            the central model; zeros before the first run.
+        """
+        return self._learners.distances()
+
     # Runs.
 
     @adapter.own_code
