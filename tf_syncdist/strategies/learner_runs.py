@@ -189,8 +189,9 @@ class LearnerRuns(Runs):
     ) -> Any:
         if self.site is None:
             return super().update(optimizer, variables, gradients, learning_rate, apply)
-        updates: Updates = self.site.updates
-        updates.append((optimizer, variables))
+        if not self.site.replaying:
+            updates: Updates = self.site.updates
+            updates.append((optimizer, variables))
         return apply(gradients, learning_rate)
 
     def on_variable(self, variable: tf.Variable) -> None:

@@ -49,7 +49,8 @@ class ModelAveragingStrategy(MixingStrategy):
             "auto": `model.fit` first measures how many are worth while, by adding learners as long
             as each raises the throughput by more than a tenth, and prints what it has tried. Use
             more than one where a small batch does not fill a device. Each takes the memory of a
-            model and an optimizer. In a custom loop, "auto" stands for 1.
+            model and an optimizer. In a custom loop, "auto" stands for 1; with several workers it
+            is refused.
         correction: alpha, which share of its distance from the central model a learner gives up.
             Default: `None`, for 1 / k with k learners in all. Lower it to let learners explore;
             from 2 / (k + 1) on, averaging overshoots.
@@ -155,6 +156,12 @@ class ModelAveragingStrategy(MixingStrategy):
 
     def _session_config(self, credentials: Credentials) -> SessionConfig:
         role = self._role
+        if self._tunes:
+            raise ValueError(
+                "Expected a number for `learners_per_device` with several workers, since "
+                "each would measure for itself and they have to agree. Received: "
+                'learners_per_device="auto". Find the number with one worker and give it to all.'
+            )
         options.check_faults(
             self._options["min_workers"], self._options["detection_seconds"], role.num_workers
         )
@@ -266,12 +273,7 @@ class ModelAveragingStrategy(MixingStrategy):
         if not self._tunes:
             return
         self._tunes = False
-        count = 0
-        if self.is_chief:
-            count = tune(self._runs, self._learners, call.model, dataset, call.batch_size)
-        if self._member is not None:
-            count = self._epochs.number_of_chief(self._stopping.fit, count)
-        self._learners.resize(count)
+        tune(self._runs, self._learners, call.model, dataset, call.batch_size)
 
 
 def _check(
