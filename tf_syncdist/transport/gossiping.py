@@ -200,7 +200,8 @@ class Gossip:
     def _pull(self, partner: int, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
         model = self._partners.pull(partner, self._models)
         if model is None:
-            self._count(failed=1)
+            # It may be there and have no model to show yet, which is no failure.
+            self._count(failed=partner not in self._partners.present([partner]))
             return values
         behind = abs(step - model.step)
         self._count(mixed=1, staleness_sum=behind)
