@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from tf_syncdist.errors import UnsupportedVersionError
+from tf_syncdist.strategies.counted_batches import CountedBatches
 from tf_syncdist.strategies.hooks import Hooks
 
 
@@ -470,17 +471,6 @@ def build(model: keras.Model, batch: Any) -> None:
         getattr(model, _seam(model, "_symbolic_build"))(data_batch=batch)
 
 
-class _CountedAdapter:
-    """Keras' data adapter, with another number of batches in an epoch."""
-
-    def __init__(self, adapter: Any, num_batches: int) -> None:
-        self._adapter = adapter
-        self.num_batches = num_batches
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._adapter, name)
-
-
 def count_batches_of_shares() -> None:
     """Lets Keras ask a distributed dataset how many batches an epoch has; done once.
 
@@ -496,7 +486,7 @@ def count_batches_of_shares() -> None:
         original(self, *args, **kwargs)
         count = getattr(self._distributed_dataset, "batches_per_epoch", None)
         if count is not None:
-            self.data_adapter = _CountedAdapter(self.data_adapter, count)
+            self.data_adapter = CountedBatches(self.data_adapter, count)
             self._num_batches = count
 
     initialize._tf_syncdist = True

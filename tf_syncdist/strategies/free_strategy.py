@@ -20,7 +20,7 @@ from tf_syncdist.strategies.lifetime import say
 from tf_syncdist.strategies.mixed_variables import MixedVariables, wire_dtype
 from tf_syncdist.strategies.mixing_strategy import MixingStrategy
 from tf_syncdist.strategies.seeds import Seeds
-from tf_syncdist.strategies.sites import Site
+from tf_syncdist.strategies.site import Site
 from tf_syncdist.transport.credentials import Credentials
 from tf_syncdist.transport.session import SessionConfig
 

@@ -19,7 +19,8 @@ import tensorflow as tf
 from tf_syncdist.strategies import adapter, traces
 from tf_syncdist.strategies.controller import Mode
 from tf_syncdist.strategies.replays import apply_updates
-from tf_syncdist.strategies.sites import Runs, Site
+from tf_syncdist.strategies.runs import Runs
+from tf_syncdist.strategies.site import Site
 from tf_syncdist.strategies.variables import is_local
 
 

@@ -11,8 +11,9 @@ from tf_syncdist.strategies import adapter
 from tf_syncdist.strategies.controller import LocalReport, RunController
 from tf_syncdist.strategies.epochs import EpochExchange
 from tf_syncdist.strategies.lifetime import Membership, say
+from tf_syncdist.strategies.runs import Runs
 from tf_syncdist.strategies.seeds import Seeds
-from tf_syncdist.strategies.sites import Runs, Site
+from tf_syncdist.strategies.site import Site
 from tf_syncdist.strategies.state import CommonState, optimizer_variables
 from tf_syncdist.strategies.stopping import Stopping
 from tf_syncdist.strategies.variables import VariableRegistry

@@ -8,7 +8,8 @@ import tensorflow as tf
 from tf_syncdist.strategies import adapter, watched
 from tf_syncdist.strategies.learners import Learners, LearnerStep, sorted_out
 from tf_syncdist.strategies.replays import Updates
-from tf_syncdist.strategies.sites import Runs, Site
+from tf_syncdist.strategies.runs import Runs
+from tf_syncdist.strategies.site import Site
 
 
 class Step:

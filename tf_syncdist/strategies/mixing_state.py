@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from tf_syncdist.strategies import adapter
 from tf_syncdist.strategies.learners import Learners
-from tf_syncdist.strategies.sites import Site
+from tf_syncdist.strategies.site import Site
 from tf_syncdist.strategies.state import CommonState, optimizer_variables
 from tf_syncdist.strategies.untraced import untraced
 from tf_syncdist.strategies.variables import Spec, VariableRegistry

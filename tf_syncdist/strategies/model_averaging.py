@@ -15,7 +15,7 @@ from tf_syncdist.strategies.learner_runs import Step
 from tf_syncdist.strategies.learner_tuning import tune
 from tf_syncdist.strategies.mixing_state import MadeVariables, MixingState
 from tf_syncdist.strategies.mixing_strategy import MixingStrategy
-from tf_syncdist.strategies.sites import Site
+from tf_syncdist.strategies.site import Site
 from tf_syncdist.transport.credentials import Credentials
 from tf_syncdist.transport.session import SessionConfig
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from tf_syncdist.strategies import adapter
 from tf_syncdist.strategies import variables as vars_lib
-from tf_syncdist.strategies.sites import Site
+from tf_syncdist.strategies.site import Site
 from tf_syncdist.strategies.variables import Spec, VariableRegistry
 
 

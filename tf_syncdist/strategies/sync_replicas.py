@@ -20,7 +20,7 @@ from tf_syncdist.strategies.joining import serve_or_join
 from tf_syncdist.strategies.keras_side import KerasSide
 from tf_syncdist.strategies.lifetime import Membership
 from tf_syncdist.strategies.lifted import Lifted
-from tf_syncdist.strategies.sites import Runs
+from tf_syncdist.strategies.runs import Runs
 from tf_syncdist.strategies.sources import Source
 from tf_syncdist.strategies.state import CommonState
 from tf_syncdist.strategies.variables import VariableRegistry

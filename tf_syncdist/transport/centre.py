@@ -18,7 +18,8 @@ from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.allocator import keep_freed_memory
 from tf_syncdist.transport.copies import copy_in, copy_out
-from tf_syncdist.transport.link import Link, SessionConfig
+from tf_syncdist.transport.link import Link
+from tf_syncdist.transport.session_config import SessionConfig
 from tf_syncdist.transport.states import Spec
 
 _WINDOW_BYTES = 16 * 2**20

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport.exchanges import Exchanging
-from tf_syncdist.transport.link import SessionConfig
+from tf_syncdist.transport.session_config import SessionConfig
 
 
 class Ending(Exchanging):

@@ -16,8 +16,9 @@ from tf_syncdist.transport import wire
 from tf_syncdist.transport.allocator import keep_freed_memory
 from tf_syncdist.transport.connection import Made, Outgoing, SliceMessage
 from tf_syncdist.transport.copies import copy_in, copy_out, scatter
-from tf_syncdist.transport.link import Link, SessionConfig
+from tf_syncdist.transport.link import Link
 from tf_syncdist.transport.pace import Pace
+from tf_syncdist.transport.session_config import SessionConfig
 
 # How the last runs ended can be told again for so many of them; results come at most four ahead.
 _MOST_DONE = 8

@@ -9,7 +9,7 @@ from tf_syncdist.errors import ServiceError
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.exchanges import Exchanging
-from tf_syncdist.transport.link import SessionConfig
+from tf_syncdist.transport.session_config import SessionConfig
 
 _NOTHING = np.empty(0)
 

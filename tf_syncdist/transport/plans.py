@@ -3,7 +3,8 @@
 from collections.abc import Callable
 
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
-from tf_syncdist.transport.link import Link, SessionConfig
+from tf_syncdist.transport.link import Link
+from tf_syncdist.transport.session_config import SessionConfig
 
 
 class PlanRelay(Link):

@@ -7,8 +7,8 @@ from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport.centre import CentreExchanging, Mixed
 from tf_syncdist.transport.endings import Ending
 from tf_syncdist.transport.gathers import Gathered, Gathering
-from tf_syncdist.transport.link import SessionConfig
 from tf_syncdist.transport.plans import PlanRelay
+from tf_syncdist.transport.session_config import SessionConfig
 from tf_syncdist.transport.states import State, StateTransfer
 
 __all__ = ["Gathered", "Mixed", "Session", "SessionConfig", "State"]

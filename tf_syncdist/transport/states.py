@@ -9,7 +9,8 @@ import numpy as np
 from tf_syncdist.errors import ModelMismatchError, ServiceError
 from tf_syncdist.propagation.slices import layout_of
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
-from tf_syncdist.transport.link import Link, SessionConfig
+from tf_syncdist.transport.link import Link
+from tf_syncdist.transport.session_config import SessionConfig
 
 _CHUNK_BYTES = 2**20
 
