@@ -28,6 +28,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import cutoff_plot, cutoff_policies
+from tf_syncdist.cluster.service_environment import restart_in_service_environment
 from tf_syncdist.cutoff import models, traces
 from tf_syncdist.cutoff.planning import TrainingRequest
 from tf_syncdist.simulation import console, laws, report
@@ -250,4 +251,6 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    # Decisions take as long as in the service.
+    restart_in_service_environment()
     app.run(main)
