@@ -136,7 +136,7 @@ def test_synchronized_statistics_need_all_workers(one_slow: JobResult) -> None:
     error = one_slow.common("synchronized_error")
     assert error.startswith("Expected no exchange between workers inside of what is differentiated")
     assert "Received: for instance BatchNormalization(synchronized=True)" in error
-    assert "Leave `synchronized` out, or use backup_workers=0." in error
+    assert "Leave `synchronized` out, or use backup_workers=0, and no `cutoff`." in error
 
 
 def test_a_model_that_is_refused_leaves_the_strategy_as_it_was(one_slow: JobResult) -> None:
