@@ -8,8 +8,8 @@ the machine do not decide the result. Workers train until both faults have been 
 * the last worker is killed, and started again after `--down_seconds`;
 * the aggregator is killed, and started again at once.
 
-"stall" is how much longer than usual the others' longest round took after the fault, and "next
-round" how long after the fault that round was closed. "rejoin" is the time from the restarted
+"stall" is how much longer than usual the others' longest round took in the seconds after the fault,
+and "next round" how long after the fault a round was closed. "rejoin" is the time from the restarted
 worker's hello, which is sent when TensorFlow has been imported, until a round has its values; of
 this, "rejoin state" is the time until it computes, when it has been given the state. Rates are
 those of worker 0.
@@ -49,6 +49,8 @@ _TIMEOUT_SECONDS = flags.DEFINE_float("timeout_seconds", 120, "Deadline of one r
 _JSON_OUT = flags.DEFINE_string("json_out", None, "File for the rows, if given.")
 
 _WARMUP_ROUNDS = 20
+# A round that begins later than this after a fault is not one that the fault has held up.
+_BEGUN_SECONDS = 5.0
 _COLUMNS = {
     "fault": "fault",
     "rate_before": "before /s",
@@ -175,7 +177,7 @@ def _rate(ends: Sequence[float], start: float, stop: float) -> float | None:
 
 
 def _stall(ends: Sequence[float], fault_at: float, until: float) -> tuple[float, float, float]:
-    """Returns by how much the longest round after a fault exceeds others, and when it ended.
+    """Returns by how much the longest round after a fault exceeds others, and when rounds ended.
 
     Args:
         ends: When rounds ended.
@@ -183,12 +185,17 @@ def _stall(ends: Sequence[float], fault_at: float, until: float) -> tuple[float,
         until: When it was over at the latest.
 
     Returns:
-        Seconds beyond the usual, seconds from the fault to the end of the round, and that end.
+        Seconds beyond the usual, seconds from the fault to the end of the next round, and the end
+        of the longest one.
     """
     usual = statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False) if b <= fault_at)
-    rounds = [(b - a, b) for a, b in zip(ends, ends[1:], strict=False) if fault_at <= b <= until]
+    rounds = [
+        (b - a, b)
+        for a, b in zip(ends, ends[1:], strict=False)
+        if fault_at <= b <= until and a <= fault_at + _BEGUN_SECONDS
+    ]
     longest, end = max(rounds)
-    return longest - usual, end - fault_at, end
+    return longest - usual, rounds[0][1] - fault_at, end
 
 
 def _lose_worker(job: _Job) -> Row:
