@@ -9,7 +9,7 @@ the machine do not decide the result. Workers train until both faults have been 
 * the aggregator is killed, and started again at once.
 
 "stall" is how much longer than usual the others' longest round took in the seconds after the fault,
-and "next round" how long after the fault a round was closed. "rejoin" is the time from the restarted
+and "next round" how long after it a round was closed. "rejoin" is the time from the restarted
 worker's hello, which is sent when TensorFlow has been imported, until a round has its values; of
 this, "rejoin state" is the time until it computes, when it has been given the state. Rates are
 those of worker 0.
