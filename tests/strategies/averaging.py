@@ -91,12 +91,18 @@ class Trace(keras.callbacks.Callback):
         self.values.append([np.array(v.numpy()) for v in self.model.trainable_variables])
 
 
-def fit(model: keras.Model, *args: Any, **kwargs: Any) -> tuple[Trace, keras.callbacks.History]:
-    """Fits without a word, and fails if Keras says that data ran out."""
+def fit(
+    model: keras.Model, *args: Any, may_end: bool = False, **kwargs: Any
+) -> tuple[Trace, keras.callbacks.History]:
+    """Fits without a word; Keras must not say that data ran out, unless they may end anywhere."""
     trace = Trace()
     callbacks = [*kwargs.pop("callbacks", ()), trace]
     with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*ran out of data.*")
+        # Keras says so of all data whose length it does not know.
+        action = "ignore" if may_end else "error"
+        warnings.filterwarnings(action, message=".*ran out of data.*")
+        warnings.filterwarnings("ignore", message=".*`shuffle=True` was passed.*")
+        warnings.filterwarnings("ignore", message=".*__array__ implementation.*")
         history = model.fit(*args, verbose=0, callbacks=callbacks, **kwargs)
     return trace, history
 

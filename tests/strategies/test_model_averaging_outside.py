@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from tf_syncdist import ModelAveragingStrategy
 
-from .averaging import BATCH, PARTS, X, Y, NotingDense, close, dense, fit, sgd
+from .averaging import BATCH, PARTS, NotingDense, X, Y, close, dense, fit, sgd
 
 pytestmark = pytest.mark.timeout(240)
 

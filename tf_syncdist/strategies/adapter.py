@@ -74,6 +74,9 @@ _CALL_FLAT = _seam(_ConcreteFunction, "_call_flat")
 # Keras takes the number of batches of an epoch from the user's dataset, and asks no strategy.
 _EpochIterator = _private("keras.src.backend.tensorflow.trainer", "TFEpochIterator")
 
+# Whether a graph is one that XLA compiles; it has no clock.
+_in_xla = _private("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext")
+
 # Whether Keras only wants to know shapes; it reads variables in a graph that nobody executes.
 in_symbolic_scope = _private("keras.src.backend.common.symbolic_scope", "in_symbolic_scope")
 
@@ -394,6 +397,11 @@ def static_batch_size(dataset: tf.data.Dataset) -> int | None:
     return size if size > 0 else None
 
 
+def is_compiled() -> bool:
+    """Returns whether XLA is going to compile what is emitted now."""
+    return not tf.executing_eagerly() and _in_xla(tf.compat.v1.get_default_graph())
+
+
 def global_seed_is_set() -> bool:
     """Returns whether the user has called tf.random.set_seed."""
     return _global_seed() is not None
@@ -475,7 +483,8 @@ def count_batches_of_shares() -> None:
     """Lets Keras ask a distributed dataset how many batches an epoch has; done once.
 
     Where a run takes several of the user's batches, an epoch has fewer runs than batches. A dataset
-    tells by an attribute `batches_per_epoch` that is not `None`.
+    tells by an attribute `batches_per_epoch`; or, if that is `None` because only Keras knows how
+    many batches there are, by how many of them a run takes, `batches_per_run`.
     """
     original = _EpochIterator.__init__
     if hasattr(original, "_tf_syncdist"):
@@ -485,6 +494,9 @@ def count_batches_of_shares() -> None:
     def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         count = getattr(self._distributed_dataset, "batches_per_epoch", None)
+        each = getattr(self._distributed_dataset, "batches_per_run", 1)
+        if count is None and each > 1 and self._num_batches is not None:
+            count = self._num_batches // each
         if count is not None:
             self.data_adapter = CountedBatches(self.data_adapter, count)
             self._num_batches = count

@@ -151,6 +151,7 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         batches_per_epoch: How many batches Keras is to announce, if not as many as the user's
             dataset has.
         spec: What a batch of one replica is like, if batches are PerReplica values.
+        batches_per_run: How many of the user's batches make one of all workers.
     """
 
     def __init__(
@@ -161,8 +162,10 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         on_iter: Callable[[], None],
         batches_per_epoch: int | None = None,
         spec: Any = None,
+        batches_per_run: int = 1,
     ) -> None:
         self.batches_per_epoch = batches_per_epoch
+        self.batches_per_run = batches_per_run
         self._spec = spec
         self._dataset = dataset
         self._each = each

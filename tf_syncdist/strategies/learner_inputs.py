@@ -21,12 +21,14 @@ class Share(NamedTuple):
         runs: How many runs an epoch has; `None` if nobody knows.
         ends: Whether the dataset comes to an end, so that workers have to agree on where.
         spec: What a learner's batch is like.
+        batches_per_run: How many of the dataset's batches a run of all workers takes.
     """
 
     dataset: tf.data.Dataset
     runs: int | None
     ends: bool
     spec: Any
+    batches_per_run: int
 
 
 def share(
@@ -75,7 +77,7 @@ def share(
             dataset = _stacked(dataset, learners, batch_size)
         else:
             dataset = inputs.group(dataset, learners)
-    return Share(dataset.prefetch(2), runs, ends, spec)
+    return Share(dataset.prefetch(2), runs, ends, spec, sharers * learners)
 
 
 def _stacks(spec: Any) -> bool:

@@ -279,7 +279,7 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
             return inputs.WorkerDataset(found, None, False, self._begin_input)
         builds = adapter.builds_from_input(call.model)
         return inputs.WorkerDataset(
-            found, mine.runs, builds, self._begin_input, mine.runs, mine.spec
+            found, mine.runs, builds, self._begin_input, mine.runs, mine.spec, mine.batches_per_run
         )
 
     def _watch(self, dataset: tf.data.Dataset) -> tf.data.Dataset:

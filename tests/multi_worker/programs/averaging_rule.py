@@ -1,7 +1,6 @@
 """Model averaging by the pure rule: every learner is a plain Keras model of its own."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import keras
 import numpy as np
@@ -68,7 +67,8 @@ class Reference:
         for model, batch in zip(self.models, batches, strict=True):
             model.train_on_batch(*batch)
         due, self._run = self._run % self._period == 0, self._run + 1
-        if due:
+        # One learner in all has nobody to be averaged with.
+        if due and len(self.models) > 1:
             self._average(before)
         return before
 
@@ -90,6 +90,8 @@ class Reference:
 
     def central(self) -> list[np.ndarray]:
         """Returns the central model's trained variables."""
+        if len(self.models) == 1:
+            return self._read(self.models[0])
         return [c.model for c in self._central]
 
     @staticmethod
