@@ -1,9 +1,11 @@
 """Model averaging by the pure rule: every learner is a plain Keras model of its own."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from tf_syncdist.mixing import averaging
 
@@ -36,7 +38,6 @@ class Reference:
     ) -> None:
         self.models = [build() for _ in range(learners)]
         for model in self.models:
-            model.run_eagerly = True
             model.set_weights(weights)
         self._central = [averaging.Central(w, np.zeros_like(w)) for w in self._read(self.models[0])]
         self._momentum, self._period = momentum, period
@@ -48,7 +49,7 @@ class Reference:
         """Does one run; each learner has a batch.
 
         Args:
-            batches: What `train_on_batch` is given, for each learner.
+            batches: What each learner is given: x, y and perhaps weights of examples.
             rate: The learning rate, if it is not what the optimizers say.
 
         Returns:
@@ -65,7 +66,7 @@ class Reference:
         self._highest = max(self._highest, rate)
         before = [self._read(m) for m in self.models]
         for model, batch in zip(self.models, batches, strict=True):
-            model.train_on_batch(*batch)
+            _step(model, *batch)
         due, self._run = self._run % self._period == 0, self._run + 1
         # One learner in all has nobody to be averaged with.
         if due and len(self.models) > 1:
@@ -102,6 +103,15 @@ class Reference:
     def _write(model: keras.Model, values: Sequence[np.ndarray]) -> None:
         for variable, value in zip(model.trainable_variables, values, strict=True):
             variable.assign(value)
+
+
+def _step(model: keras.Model, x: Any, y: Any, weight: np.ndarray | None = None) -> None:
+    x, y = tf.nest.map_structure(tf.constant, (x, y))
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(x, y, model(x, training=True), weight, training=True)
+        loss = model.optimizer.scale_loss(loss)
+    gradients = tape.gradient(loss, model.trainable_variables)
+    model.optimizer.apply(gradients, model.trainable_variables)
 
 
 def dealt(batches: Sequence[Batch], workers: int, learners: int, runs: int) -> list[list[Batch]]:
