@@ -10,7 +10,8 @@ from .harness import JobResult, Jobs
 pytestmark = pytest.mark.timeout(400)
 
 BATCHES = 11
-ALL = ("sgd", "dropping", "outside", "statistics", "given", "loops", "waiting", "refused", "report")
+# Distances are over all models that learners have trained, so the first one is looked at.
+ALL = ("outside", "sgd", "dropping", "statistics", "given", "loops", "waiting", "refused", "report")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,8 @@ def test_learners_of_two_workers_follow_the_rule(jobs: Jobs, job: str, case: str
     assert jobs[job].common("learners") == 4
     for found in jobs[job].each(case):
         check_trajectory(found, 4)
+        if (job, case) == ("on_devices", "sgd"):
+            assert found["apart"] < 1e-5
     jobs[job].common(case, "weights_sha256")
 
 
@@ -46,6 +49,7 @@ def test_learners_on_two_devices_of_one_process_follow_the_rule(jobs: Jobs) -> N
     (found,) = jobs["alone_on_devices"].each()
     assert found["learners"] == 4
     check_trajectory(found["sgd"], 4)
+    assert found["sgd"]["apart"] < 1e-5
     assert found["statistics"]["own"] < 1e-5
     for loop in ("graph", "eager", "from_function"):
         assert found["loops"][loop]["difference"] < 1e-5
@@ -54,7 +58,7 @@ def test_learners_on_two_devices_of_one_process_follow_the_rule(jobs: Jobs) -> N
 
 def check_trajectory(found: dict[str, Any], learners: int) -> None:
     # What is summed per worker first is rounded otherwise.
-    assert found["difference"] < 1e-5 and found["apart"] < 1e-5
+    assert found["difference"] < 1e-5
     assert found["moved"] > 0.01
     # An epoch is one pass over the data, and Keras knows how many runs that is.
     runs = -(-BATCHES // learners)
@@ -138,11 +142,14 @@ def test_a_report_says_how_often_learners_were_averaged(jobs: Jobs) -> None:
             assert found["text"].startswith(
                 f"{found['runs']} runs by 2 workers with 2 learners each, averaged in "
             )
-    runs = together_runs = jobs["together"].common("report", "runs")
+    runs = jobs["together"].common("report", "runs")
     assert jobs["together"].common("report", "averaged") == runs
-    assert jobs["together"].common("report", "mixed") == [together_runs] * 2
+    # While worker 1 takes over worker 0's model at the start of a fit, it is not waited for.
+    first, second = jobs["together"].common("report", "mixed")
+    assert first == runs and runs - 3 <= second <= runs
     runs = jobs["on_devices"].common("report", "runs")
-    assert jobs["on_devices"].common("report", "averaged") == runs // 2
+    assert runs == 12 and jobs["on_devices"].common("report", "averaged") == 6
+    assert jobs["on_devices"].common("report", "mixed") == [6, 6]
     # Worker 0 prints it at the end.
     assert "averaged in all of them without staleness" in jobs["together"].logs["worker 0"]
     assert "averaged in" not in jobs["together"].logs["worker 1"]

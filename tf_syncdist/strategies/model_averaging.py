@@ -285,7 +285,7 @@ class ModelAveragingStrategy(MixingStrategy):
         return averaging_report(
             self.worker_index,
             self.num_workers,
-            self.local_report().rounds,
+            rounds.rounds if self._is_alone else done,
             0 if self._is_alone else -(-done // self._period),
             self._learners.distance(),
             tuple(self.distances()),

@@ -1,7 +1,6 @@
 """Trains with model averaging on several workers, and by the pure rule besides."""
 
 import contextlib
-import gc
 import tempfile
 import time
 import warnings
@@ -303,7 +302,7 @@ def reported() -> dict[str, Any]:
     while True:
         report = strategy.report()
         done = [w.exchanges - w.mixed for w in report.workers] == [0] * strategy.num_workers
-        if (done and report.rounds.rounds == report.runs) or time.monotonic() > deadline:
+        if (done and report.rounds.rounds == report.own.mixed) or time.monotonic() > deadline:
             break
         time.sleep(0.1)
     return {
@@ -348,6 +347,4 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
 results: dict[str, Any] = {"learners": strategy.num_learners}
 for name in task.ARGUMENTS["cases"]:
     results[name] = CASES[name]()
-    # Distances are over everything that learners have, also what nobody uses any more.
-    gc.collect()
 task.write(strategy.worker_index, results)
