@@ -39,7 +39,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
         services.kill(ps=0, at_round=at_round).restart(after_seconds=0.1)
     wanted = {
         "workers": {
-            "plan": Faults().kill(worker=1, at_round=6).restart().kill(worker=0, at_round=30),
+            "plan": Faults().kill(worker=1, at_round=22).restart().kill(worker=0, at_round=40),
             "workers": 3,
         },
         "services": {"plan": services, "workers": 2, "min_workers": 2},
