@@ -88,13 +88,18 @@ def check_table(printed: str, learners: int) -> None:
 
 
 def test_a_second_fit_does_not_measure_again(capfd: pytest.CaptureFixture[str]) -> None:
-    strategy = ModelAveragingStrategy("auto", correction=0.2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strategy = ModelAveragingStrategy("auto", correction=0.9)
     with strategy.scope():
-        models = [noisy(steps_per_execution=2), noisy()]
-    for model in (*models, models[0]):
-        fit(model, X, Y, batch_size=BATCH)
+        models = [noisy(), noisy()]
+    # More learners make it unstable.
+    with pytest.warns(UserWarning, match="Received: correction=0.9") as told:
+        for model in (*models, models[0]):
+            fit(model, X, Y, batch_size=BATCH)
+    assert len([w for w in told if "averaging is stable" in str(w.message)]) == 1
     assert capfd.readouterr().err.count("learners  examples/s") == 1
-    assert strategy.num_learners > 1 and strategy.correction == 0.2
+    assert strategy.num_learners > 1 and strategy.correction == 0.9
     assert max(strategy.distances()) > 0
 
 
@@ -184,13 +189,3 @@ def test_a_correction_that_overshoots_is_told_with_its_bound(learners: int) -> N
         ModelAveragingStrategy(learners, correction=bound - 0.01)
         # One learner in all is not corrected.
         ModelAveragingStrategy(1, correction=1.5)
-
-
-def test_a_correction_that_more_learners_make_unstable_is_told() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        strategy = ModelAveragingStrategy("auto", correction=0.9)
-    with strategy.scope():
-        model = noisy()
-    with pytest.warns(UserWarning, match="Received: correction=0.9"):
-        fit(model, X, Y, batch_size=BATCH)
