@@ -11,7 +11,8 @@ pytestmark = pytest.mark.timeout(400)
 
 BATCHES = 11
 # Distances are over all models that learners have trained, so the first one is looked at.
-ALL = ("outside", "sgd", "dropping", "statistics", "given", "loops", "waiting", "refused", "report")
+ALL = ("outside", "sgd", "dropping", "statistics", "averages")
+ALL += ("given", "loops", "waiting", "refused", "report")
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +92,12 @@ def test_statistics_are_averaged_over_learners_and_after_an_epoch_over_workers(
     together.common("statistics", "sha256")
     # Metrics are over all learners of all workers.
     assert together.common("statistics", "logs").keys() == {"loss", "mae"}
+
+
+def test_averages_over_time_are_averaged_over_learners_and_workers(together: JobResult) -> None:
+    for found in together.each("averages"):
+        assert found["difference"] < 1e-5
+    together.common("averages", "weights_sha256")
 
 
 def seen(found: dict[str, Any]) -> list[int]:

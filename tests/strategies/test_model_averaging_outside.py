@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from tf_syncdist import ModelAveragingStrategy
 
+from ..multi_worker.programs.averaging_rule import Reference, dealt
 from .averaging import BATCH, PARTS, NotingDense, X, Y, close, dense, fit, sgd
 
 pytestmark = pytest.mark.timeout(240)
@@ -251,3 +252,23 @@ def test_statistics_of_batch_normalisation_are_the_mean_of_the_learners() -> Non
     )
     plain.set_weights(model.get_weights())
     close(model.predict(X, verbose=0), plain.predict(X, verbose=0), 1e-5)
+
+
+def test_a_fit_ends_with_the_mean_of_what_optimizers_average_over_time() -> None:
+    def averaging_sgd() -> keras.optimizers.Optimizer:
+        return keras.optimizers.SGD(0.02, momentum=0.9, use_ema=True, ema_momentum=0.7)
+
+    strategy = ModelAveragingStrategy(2)
+    with strategy.scope():
+        model = dense(averaging_sgd)
+    reference = Reference(lambda: dense(averaging_sgd), model.get_weights(), 2)
+    trace, _ = fit(model, X, Y, batch_size=BATCH, shuffle=False)
+    for batches in dealt(PARTS, 1, 2, 6):
+        reference.step(batches)
+    for learner in reference.models:
+        learner.optimizer.finalize_variable_values(learner.trainable_variables)
+    expected = np.mean([np.concatenate([w.ravel() for w in m.get_weights()])
+                        for m in reference.models], axis=0)  # fmt: skip
+    close(np.concatenate([w.ravel() for w in model.get_weights()]), expected)
+    assert np.max(np.abs(model.get_weights()[0] - trace.values[-1][0])) > 1e-3
+    assert strategy.distances() == [0.0, 0.0]

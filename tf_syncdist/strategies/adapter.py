@@ -445,6 +445,15 @@ def trained_by(optimizer: object) -> list:
     return list(getattr(optimizer, _seam(optimizer, "_trainable_variables")))
 
 
+def averages_of(optimizer: object) -> list:
+    """Returns the Keras variables in which an optimizer averages what it trains over time."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return averages_of(optimizer.inner_optimizer)
+    if not getattr(optimizer, "use_ema", False):
+        return []
+    return list(getattr(optimizer, _seam(optimizer, "_model_variables_moving_average")))
+
+
 def builds_from_input(model: keras.Model) -> bool:
     """Returns whether Keras looks at a first batch before it trains, as models of a scope need."""
     return getattr(model, _seam(model, "_distribute_strategy")) is not None

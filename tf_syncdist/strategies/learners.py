@@ -51,6 +51,8 @@ def sorted_out(function: Any, updates: Updates, registry: vars_lib.VariableRegis
     written = registry.containers([v for v in function.graph.variables if counts[id(v)]])
     trained_ids = {id(v) for _, variables in updates for v in variables}
     owned_ids = {id(v.value) for optimizer, _ in updates for v in optimizer.variables}
+    # Averages of models over time become the model at the end of a fit.
+    owned_ids -= {id(v.value) for optimizer, _ in updates for v in adapter.averages_of(optimizer)}
     step = LearnerStep(function, updates, [], [], [], [])
     for variable in written:
         if adapter.is_sync_on_read(variable):

@@ -268,7 +268,8 @@ class ModelAveragingStrategy(MixingStrategy):
 
     def _owned(self, site: Site) -> list[tf.Variable]:
         own = [self._run_number, *self._moves.all(), *self._highest_rates.all()]
-        return super()._owned(site) + own
+        averages = {id(v.value) for o, _ in site.updates for v in adapter.averages_of(o)}
+        return [v for v in super()._owned(site) if id(v) not in averages] + own
 
     # Reports.
 

@@ -189,6 +189,30 @@ def statistics() -> dict[str, Any]:
     }
 
 
+def averages() -> dict[str, Any]:
+    """Trains with optimizers that average models over time."""
+
+    def averaging_sgd() -> keras.optimizers.Optimizer:
+        return keras.optimizers.SGD(0.02, use_ema=True, ema_momentum=0.7)
+
+    with strategy.scope():
+        keras.utils.set_random_seed(3)
+        model = dense(averaging_sgd)
+    rule = reference(averaging_sgd, model.get_weights())
+    given = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "verbose": 0}
+    model.fit(X, Y, **given)
+    for batches in dealt(PARTS, strategy.num_workers, EACH, 6):
+        rule.step(batches)
+    for learner in rule.models:
+        learner.optimizer.finalize_variable_values(learner.trainable_variables)
+    learners = [m.get_weights() for m in rule.models]
+    expected = [np.mean(values, axis=0) for values in zip(*learners, strict=True)]
+    return {
+        "difference": distance(model.get_weights(), expected),
+        "weights_sha256": tf_syncdist.variables_sha256(model.trainable_variables),
+    }
+
+
 class Notes(keras.layers.Layer):
     """Passes its input through and notes it in training."""
 
@@ -338,6 +362,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "dropping": lambda: trajectory(dropping),
     "outside": outside,
     "statistics": statistics,
+    "averages": averages,
     "given": given,
     "loops": loops,
     "waiting": waiting,
