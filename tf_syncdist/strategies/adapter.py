@@ -300,6 +300,11 @@ class WorkerExtended(_MirroredExtended):
         self._hooks.on_variable(variable)
         return variable
 
+    def _update(self, var: Any, fn: Callable, args: tuple, kwargs: dict, group: bool) -> Any:
+        found = super()._update(var, fn, args, kwargs, group)
+        self._hooks.on_update(var, found)
+        return found
+
     def _get_local_replica_id(self, replica_id_in_sync_group: Any) -> Any:
         if isinstance(replica_id_in_sync_group, int):
             return replica_id_in_sync_group - self._first_replica_id

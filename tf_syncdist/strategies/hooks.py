@@ -57,3 +57,11 @@ class Hooks:
 
     def on_variable(self, variable: tf.Variable) -> None:
         """Is told of every variable made under the strategy's scope."""
+
+    def on_update(self, variable: tf.Variable, by: Any) -> None:
+        """Is told of a variable after `strategy.extended.update` was called with it.
+
+        Args:
+            variable: The variable.
+            by: What the call returns; in a graph, what updates the variable.
+        """

@@ -91,6 +91,7 @@ def _stacks(spec: Any) -> bool:
 def _stacked(dataset: tf.data.Dataset, learners: int, size: int) -> tf.data.Dataset:
     """Takes the batches of all learners at once, which is much faster than one by one."""
 
+    @inputs.as_it_is
     def cut(*stacked: Any) -> Any:
         whole = stacked[0] if len(stacked) == 1 else stacked
 

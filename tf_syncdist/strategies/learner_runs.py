@@ -199,6 +199,10 @@ class LearnerRuns(Runs):
         watched.watch(variable, self._used, self._written)
         self.registry.add(variable)
 
+    def on_update(self, variable: tf.Variable, by: Any) -> None:
+        # Keras' optimizers overwrite a model with its average over time like this.
+        self._written(variable, by)
+
     def _used(self, variable: tf.Variable) -> None:
         if self.site is None:
             self._on_outside_use(variable)
