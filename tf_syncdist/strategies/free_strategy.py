@@ -211,9 +211,9 @@ class FreeStrategy(MixingStrategy):
     def _epoch_of_chief(self, epoch: int | None) -> int | None:
         return epoch
 
-    def _watch(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+    def _watch(self, dataset: tf.data.Dataset) -> tuple[tf.data.Dataset, int]:
         # Each worker's input ends where it ends.
-        return dataset
+        return dataset, self._learners.count
 
     def _begin_input(self) -> None:
         pass
