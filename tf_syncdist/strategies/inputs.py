@@ -171,7 +171,7 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         self._builds = builds
         self._on_iter = on_iter
         self._parts = parts
-        self._elements: tf.data.Iterator | None = None
+        self._now: iterators.WorkerIterator | None = None
 
     def __iter__(self) -> Any:
         self._on_iter()
@@ -186,10 +186,10 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         if self._each is None:
             found = iter(self._dataset)
             return found if self._parts == 1 else iterators.WorkerIterator(found, None, self._parts)
-        if self._elements is None:
-            self._elements = iter(self._dataset)
-        count = iter(tf.data.Dataset.range(self._each))
-        return iterators.WorkerIterator(self._elements, count, self._parts)
+        if self._now is None:
+            self._now = iterators.WorkerIterator(iter(self._dataset), None, self._parts)
+        self._now = self._now.from_here(self._each)
+        return self._now
 
     @property
     def element_spec(self) -> Any:

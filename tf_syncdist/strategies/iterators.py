@@ -29,6 +29,7 @@ class WorkerIterator(tf.data.Iterator):
         self.elements = elements
         self.count = count
         self.parts = parts
+        self._own_spec: WorkerIteratorSpec | None = None
 
     @property
     def element_spec(self) -> Any:
@@ -77,11 +78,24 @@ class WorkerIterator(tf.data.Iterator):
 
     @property
     def _type_spec(self) -> "WorkerIteratorSpec":
-        return WorkerIteratorSpec(self.elements.element_spec, self.count is not None, self.parts)
+        if self._own_spec is None:
+            self._own_spec = WorkerIteratorSpec(
+                self.elements.element_spec, self.count is not None, self.parts
+            )
+        return self._own_spec
+
+    def from_here(self, runs: int) -> "WorkerIterator":
+        """Returns an iterator that goes on with the same elements, for so many of its own."""
+        count = iter(tf.data.Dataset.range(runs))
+        found = WorkerIterator(self.elements, count, self.parts)
+        found._own_spec = self._own_spec if self.count is not None else None
+        return found
 
 
 class WorkerIteratorSpec(tf.TypeSpec):
     """What a `WorkerIterator` is to a tf.function that takes it.
+
+    A tf.function looks at it in every call, so what that takes is kept small.
 
     Args:
         spec: The specification of an element of the dataset.
@@ -93,6 +107,15 @@ class WorkerIteratorSpec(tf.TypeSpec):
         self._spec = spec
         self._counts = counts
         self._parts = parts
+        self._hash: int | None = None
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = super().__hash__()
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or super().__eq__(other)
 
     @property
     def value_type(self) -> type:
@@ -103,16 +126,20 @@ class WorkerIteratorSpec(tf.TypeSpec):
         return self._spec, self._counts, self._parts
 
     @property
-    def _component_specs(self) -> list[tf.TypeSpec]:
-        count = [tf.data.IteratorSpec(tf.TensorSpec((), tf.int64))] if self._counts else []
-        return [tf.data.IteratorSpec(self._spec), *count]
+    def _component_specs(self) -> tuple[tf.TensorSpec, ...]:
+        return (tf.TensorSpec((), tf.resource),) * (1 + self._counts)
 
-    def _to_components(self, value: WorkerIterator) -> list[tf.data.Iterator]:
-        return [value.elements] if value.count is None else [value.elements, value.count]
+    def _to_components(self, value: WorkerIterator) -> tuple[tf.Tensor, ...]:
+        iterators = [value.elements] if value.count is None else [value.elements, value.count]
+        return tuple(tf.nest.flatten(iterators, expand_composites=True))
 
-    def _from_components(self, components: list[tf.data.Iterator]) -> WorkerIterator:
-        elements, *count = components
-        return WorkerIterator(elements, count[0] if count else None, self._parts)
+    def _from_components(self, components: tuple[tf.Tensor, ...]) -> WorkerIterator:
+        specs = (self._spec, tf.TensorSpec((), tf.int64))
+        found = [
+            tf.nest.pack_sequence_as(tf.data.IteratorSpec(spec), [part], expand_composites=True)
+            for spec, part in zip(specs, components, strict=False)
+        ]
+        return WorkerIterator(*found, *[None] * (2 - len(found)), self._parts)
 
 
 def parted(spec: Any, parts: int) -> Any:
