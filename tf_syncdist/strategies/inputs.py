@@ -152,6 +152,7 @@ class WorkerDataset(tf.distribute.DistributedDataset):
             dataset has.
         spec: What a batch of one replica is like, if batches are PerReplica values.
         parts: How many batches of the dataset a run takes, as PerReplica values.
+        batches_per_run: How many of the user's batches make one of all workers.
     """
 
     def __init__(
@@ -163,8 +164,10 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         batches_per_epoch: int | None = None,
         spec: Any = None,
         parts: int = 1,
+        batches_per_run: int = 1,
     ) -> None:
         self.batches_per_epoch = batches_per_epoch
+        self.batches_per_run = batches_per_run
         self._spec = spec
         self._dataset = dataset
         self._each = each

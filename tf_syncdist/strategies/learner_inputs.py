@@ -20,11 +20,13 @@ class Share(NamedTuple):
         dataset: The batches of its learners, one after the other.
         runs: How many runs an epoch has; `None` if nobody knows.
         ends: Whether the dataset comes to an end, so that workers have to agree on where.
+        batches_per_run: How many of the dataset's batches a run of all workers takes.
     """
 
     dataset: tf.data.Dataset
     runs: int | None
     ends: bool
+    batches_per_run: int
 
 
 def share(
@@ -63,4 +65,4 @@ def share(
         dataset = dataset.repeat()
     runs = -(-count // (sharers * learners)) if count >= 0 else None
     ends = count == tf.data.UNKNOWN_CARDINALITY
-    return Share(dataset.prefetch(2 * learners), runs, ends)
+    return Share(dataset.prefetch(2 * learners), runs, ends, sharers * learners)

@@ -280,7 +280,14 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
             return inputs.WorkerDataset(found, None, False, self._begin_input, parts=parts)
         builds = adapter.builds_from_input(call.model)
         return inputs.WorkerDataset(
-            found, mine.runs, builds, self._begin_input, mine.runs, spec, parts
+            found,
+            mine.runs,
+            builds,
+            self._begin_input,
+            mine.runs,
+            spec,
+            parts,
+            mine.batches_per_run,
         )
 
     def _watch(self, dataset: tf.data.Dataset) -> tuple[tf.data.Dataset, int]:
