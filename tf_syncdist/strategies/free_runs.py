@@ -212,7 +212,7 @@ class FreeRuns:
     def _start(self, model: MixedModel) -> None:
         fit = self._fit()
         again = self._key is not None and self._key[0] == fit
-        self._key = (fit, self._key[1] + 1 if again else 0)
-        values = self._exchanger.start(model.specs, model.read_common(), self._key)
+        key = (fit, self._key[1] + 1 if again else 0)
+        values, self._key = self._exchanger.start(model.specs, model.read_common(), key)
         model.assign(values, own=True)
         self._is_void = False

@@ -55,6 +55,7 @@ class FreeStrategy(MixingStrategy):
             )
         options.check(None, session_options["transport"], None, 0, 0)
         options.check_limit(session_options["limit_gbps"])
+        self._period = period
         self._session_options = session_options
         self._given: list[tf.Tensor] = []
         super().__init__(cluster_resolver, print_report=print_report, **credentials)
@@ -66,13 +67,15 @@ class FreeStrategy(MixingStrategy):
                 "CUDA_VISIBLE_DEVICES, for instance), or use ModelAveragingStrategy."
             )
         if self._member is not None:
-            self._begin(period)
+            self._begin()
 
-    def _begin(self, period: int) -> None:
+    def _begin(self) -> None:
         session = self._member.session
         self._exchanger = self._make_exchanger()
         self._stopping = OwnStopping()
-        self._free = FreeRuns(session, self._exchanger, period, lambda: self._stopping.fit, say)
+        self._free = FreeRuns(
+            session, self._exchanger, self._period, lambda: self._stopping.fit, say
+        )
         self._controller = self._free
         self._epochs = NoEpochs()
         self._seeds = Seeds(self._registry, self.worker_index)
@@ -91,6 +94,10 @@ class FreeStrategy(MixingStrategy):
         """Returns the address at which this worker serves its model; empty if it does not."""
         del credentials
         return ""
+
+    def _described(self) -> str:
+        """Returns the strategy with what all workers must give it alike."""
+        return f"{type(self).__name__}(period={self._period})"
 
     def _make_exchanger(self) -> Exchanger:
         """Returns what mixes models."""
@@ -115,6 +122,7 @@ class FreeStrategy(MixingStrategy):
             propagation=serialize_propagation(FifoPropagation()),
             centre=self._centre(),
             serves=self._serves(credentials),
+            strategy=self._described(),
             **{**given, "limit_gbps": given["limit_gbps"] or 0.0},
         )
 

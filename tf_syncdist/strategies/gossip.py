@@ -159,6 +159,9 @@ class GossipStrategy(FreeStrategy):
         if exchanger is not None:
             exchanger.heard(worker)
 
+    def _described(self) -> str:
+        return f"{type(self).__name__}(mode={self._mode!r}, period={self._period})"
+
     def _make_exchanger(self) -> GossipExchanger:
         return GossipExchanger(
             self._mode,
