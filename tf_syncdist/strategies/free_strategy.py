@@ -183,6 +183,11 @@ class FreeStrategy(MixingStrategy):
         if self._member is not None and tf.executing_eagerly() and self._is_mixed(variable):
             self._free.settle()
 
+    def _before_look(self) -> None:
+        # As before evaluate: others may have trained since this worker's last run.
+        if self._member is not None and tf.executing_eagerly():
+            self._free.refresh()
+
     def _after_outside_write(self, variable: tf.Variable) -> None:
         super()._after_outside_write(variable)
         if self._member is not None and self._is_mixed(variable):
@@ -232,8 +237,10 @@ class FreeStrategy(MixingStrategy):
     def synchronize(self) -> None:
         """Lets everything outside of training see what all workers have come to now.
 
-        `fit`, evaluate and predict do it by themselves. For custom loops, before variables are read
-        in a tf.function. Nobody waits for anybody.
+        fit, evaluate, predict, save and get_weights of a model do it by themselves. Variables that
+        are read otherwise, as by `tf.train.Checkpoint`, are fetched if this worker has trained
+        since it saw them last; call this first if others may have, too, or if they are read in a
+        tf.function. Nobody waits for anybody.
         """
         if self._member is not None:
             self._free.refresh()
