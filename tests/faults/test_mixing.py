@@ -126,3 +126,28 @@ def test_a_partner_that_hangs_costs_its_time_once(jobs: Jobs) -> None:
     assert dead.log.read_text().count("does not answer worker 0") <= 2
     took = [float(text.split()[1]) for _, text in dead.trace]
     assert sum(seconds > 0.8 * PARTNER_SECONDS for seconds in took) <= 2
+
+
+def test_fit_goes_on_in_the_epoch_of_the_others(tmp_path: Path) -> None:
+    epochs = 6
+    with FaultyJob(
+        "mixing_fit.py",
+        tmp_path,
+        workers=2,
+        plan=Faults().kill(worker=1, at_round=20).restart(),
+        arguments={"batches": 16, "epochs": epochs, "step_seconds": 0.03},
+        proxied=False,
+    ) as job:
+        job.run()
+    first, second = job.lives["worker 0"][0].result, job.lives["worker 1"][1].result
+    assert first["epochs"] == [list(range(epochs))] * 2
+    begun, then = second["epochs"]
+    # It skips the fit that is over, or the epochs of the one in progress.
+    if begun:
+        assert begun == list(range(begun[0], epochs)) and begun[0] >= 2
+        assert then == list(range(epochs))
+    else:
+        assert then == list(range(epochs - len(then), epochs))
+    losses = values(job.lives["worker 1"][1])
+    assert losses[0] < 0.8 * values(job.lives["worker 1"][0])[0]
+    assert max(first["end"], second["end"]) < 0.6 * values(job.lives["worker 0"][0])[0]

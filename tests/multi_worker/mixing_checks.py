@@ -141,6 +141,15 @@ def check_loops(found: JobResult) -> None:
             assert loop["steps"] == 2 * 480 // 16 // len(found.results)
 
 
+def check_memory(found: JobResult, services: int) -> None:
+    """Checks that services keep little besides the centre."""
+    for memory in found.each("memory"):
+        model_bytes = memory["model_bytes"]
+        assert 0.9 * model_bytes < memory["kept_bytes"] <= 2 * model_bytes
+        # The first service's part of it.
+        assert 0.9 * model_bytes < services * memory["centre_bytes"] < 1.1 * model_bytes
+
+
 def check_nobody_waited(found: JobResult) -> None:
     """Checks that only the slow worker was slow: the others were done before its half."""
     runs = found.each("straggler", "runs")

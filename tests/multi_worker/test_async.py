@@ -14,7 +14,7 @@ from .harness import JobResult, Jobs
 pytestmark = pytest.mark.timeout(300)
 
 JOBS = {
-    "all": {"ps": 1, **checks.job("async", parts=["keras", "loops", "straggler"])},
+    "all": {"ps": 1, **checks.job("async", parts=["keras", "loops", "straggler", "memory"])},
     "bounded": {"ps": 1, **checks.job("async", max_staleness=1)},
 }
 
@@ -96,6 +96,10 @@ def test_custom_loops(jobs: Jobs) -> None:
 
 def test_nobody_waits(jobs: Jobs) -> None:
     checks.check_nobody_waited(jobs["all"])
+
+
+def test_the_service_keeps_little_besides_the_parameters(jobs: Jobs) -> None:
+    checks.check_memory(jobs["all"], services=1)
 
 
 def test_the_report_says_what_was_left_out(jobs: Jobs) -> None:

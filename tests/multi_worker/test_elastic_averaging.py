@@ -16,7 +16,7 @@ RATE = 0.3
 JOBS = {
     "all": {
         "ps": 2,
-        **checks.job("elastic", parts=["keras", "loops", "straggler"], moving_rate=RATE),
+        **checks.job("elastic", parts=["keras", "loops", "straggler", "memory"], moving_rate=RATE),
     },
     "period": checks.job("elastic", period=2),
 }
@@ -70,6 +70,10 @@ def test_custom_loops(jobs: Jobs) -> None:
 
 def test_nobody_waits(jobs: Jobs) -> None:
     checks.check_nobody_waited(jobs["all"])
+
+
+def test_the_services_keep_little_besides_the_centre(jobs: Jobs) -> None:
+    checks.check_memory(jobs["all"], services=2)
 
 
 def test_the_report_counts_exchanges(jobs: Jobs) -> None:

@@ -4,6 +4,8 @@ First workers take turns, so that what comes of it can be calculated. What happe
 it does, is what the arguments say.
 """
 
+import contextlib
+import gc
 import json
 import os
 import time
@@ -28,6 +30,7 @@ STRATEGIES = {
 SCHEDULE: list[int] = ARGUMENTS["schedule"]
 FEATURES, BATCH_SIZE = 3, 4
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
+MEGABYTES = 48
 
 options = dict(ARGUMENTS["options"])
 me = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
@@ -315,6 +318,9 @@ def custom_loops() -> dict[str, Any]:
         loop = Loop(optimizer)
         step = make_step(loop)
         losses = [float(step(x, y)) for x, y in make_data()]
+        # What was trained is there as long as its variables are.
+        del step
+        gc.collect()
         task.meet(strategy, name)
         loop.model.get_weights()
         task.meet(strategy, f"{name}_seen")
@@ -363,11 +369,61 @@ def straggler() -> dict[str, Any]:
     return {"runs": pace.runs}
 
 
+# What the service keeps.
+
+
+def services() -> list[Path]:
+    """Returns the directories of `ps` tasks' processes in /proc."""
+    addresses = json.loads(os.environ["TF_CONFIG"])["cluster"]["ps"]
+    ports = {f"--port={address.rpartition(':')[2]}".encode() for address in addresses}
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if ports & set((entry / "cmdline").read_bytes().split(b"\0")):
+                found.append(entry)
+    assert len(found) == len(ports)
+    return found
+
+
+def private_bytes(processes: list[Path]) -> int:
+    """Returns how much memory processes have that is not shared with others."""
+    lines = [line.split() for p in processes for line in (p / "status").open()]
+    return sum(int(line[1]) * 1024 for line in lines if line[0] == "RssAnon:")
+
+
+def memory() -> dict[str, Any]:
+    processes = services()
+    with strategy.scope():
+        value = keras.Variable(tf.zeros([MEGABYTES * 2**18]), trainable=True, name="value")
+        optimizer = keras.optimizers.SGD(0.1)
+        optimizer.build([value])
+
+    @tf.function
+    def step() -> None:
+        def replica_step() -> None:
+            optimizer.apply_gradients([(tf.ones_like(value), value)])
+
+        strategy.run(replica_step)
+
+    task.meet(strategy, "memory")
+    before = private_bytes(processes)
+    for _ in range(4):
+        step()
+    task.meet(strategy, "memory_used")
+    after = private_bytes(processes)
+    task.meet(strategy, "memory_seen")
+    return {
+        "model_bytes": MEGABYTES * 2**20,
+        "kept_bytes": after - before,
+        "centre_bytes": strategy.report().centre_bytes,
+    }
+
+
 def main() -> None:
     results: dict[str, Any] = {"fit": turns_in_fit(), "loop": turns_in_loop()}
     results["report"] = strategy.report()._asdict() | {"own": strategy.report().own._asdict()}
     results["report"]["workers"] = [w._asdict() for w in strategy.report().workers]
-    parts = {"keras": keras_model, "loops": custom_loops, "straggler": straggler}
+    parts = {"keras": keras_model, "loops": custom_loops, "straggler": straggler, "memory": memory}
     for name in ARGUMENTS["parts"]:
         results[name] = parts[name]()
     results["report_text"] = str(strategy.report())
