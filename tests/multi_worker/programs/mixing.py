@@ -30,7 +30,7 @@ STRATEGIES = {
 SCHEDULE: list[int] = ARGUMENTS["schedule"]
 FEATURES, BATCH_SIZE = 3, 4
 LEARNING_RATE, MOMENTUM = 0.05, 0.9
-MEGABYTES = 48
+MEGABYTES = ARGUMENTS.get("megabytes", 48)
 
 options = dict(ARGUMENTS["options"])
 me = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
