@@ -341,6 +341,28 @@ def test_models_of_another_training_are_not_mixed(mesh: Mesh) -> None:
         one.close()
 
 
+def test_a_later_training_begins_with_one_model(mesh: Mesh) -> None:
+    """Whoever comes to it first, and if all come at once."""
+    peers = [mesh.add(w) for w in range(3)]
+    for peer in peers:
+        peer.start(0.0)
+    assert peers[2].start(12.0, key=(2, 0), is_first=False) == 12.0
+    assert [p.start(10.0 + p.worker, key=(2, 0), is_first=False) for p in peers[:2]] == [12.0] * 2
+    for revision in range(1, 9):
+        begun: dict[int, float] = {}
+
+        def begin(peer: Peer, revision: int = revision, begun: dict = begun) -> None:
+            value = 10.0 + peer.worker
+            begun[peer.worker] = peer.start(value, key=(2, revision), is_first=False)
+
+        threads = [threading.Thread(target=begin, args=(p,)) for p in peers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert len(begun) == 3 and len(set(begun.values())) == 1, begun
+
+
 def test_a_worker_does_not_wait_for_a_training_that_is_over(mesh: Mesh) -> None:
     zero = mesh.add(0)
     zero.start(0.0)

@@ -19,6 +19,8 @@ from tf_syncdist.transport.states import Spec
 MODES = ("pull", "push")
 
 _LOOK_SECONDS = 0.05
+# Who begins has a model at once, unless it fails.
+_BEGIN_SECONDS = 5.0
 
 
 class GossipCounts(NamedTuple):
@@ -49,11 +51,13 @@ class _Found(NamedTuple):
         models: What the models of its training look like.
         model: That of the worker that is furthest in it; `None` if nobody has one.
         is_over: Whether others have gone on to a later training than the worker's own.
+        begins: Whether a worker of lower index begins with it just now, and has no model yet.
     """
 
     models: ModelFormat
     model: Model | None
     is_over: bool
+    begins: bool
 
 
 class Gossip:
@@ -107,8 +111,9 @@ class Gossip:
 
         That is the model of the worker that is furthest in this training, if any is in it. A worker
         that comes late takes part in the latest one of its variables, whichever its own would be.
-        At the start of a job nobody has a model; then all begin with worker 0's. In later trainings
-        they begin with their own.
+        At the start of a job nobody has a model; then all begin with worker 0's. A later training
+        begins with the model of the worker that comes to it first; of several that come in the same
+        moment, with that of the lowest index.
 
         Args:
             variables: Name, dtype and shape of the variables.
@@ -126,10 +131,36 @@ class Gossip:
         models = ModelFormat(variables, job_seed, self._worker, key)
         self._server.begin(job_seed, models)
         deadline = time.monotonic() + timeout_seconds
+        found = self._wait_for_model(models, is_first, deadline, timeout_seconds, check)
+        if found.models is not models:
+            self._server.begin(job_seed, found.models)
+        self._models = found.models
+        model = found.model or Model(0, values)
+        self._server.publish(model)
+        if found.model is None and not is_first:
+            # One of lower index may have begun after the look at it, and not have seen this model.
+            found = self._wait_for_model(models, False, deadline, timeout_seconds, check, True)
+            if found.model is not None:
+                model = found.model
+                self._server.publish(model)
+        return model.values, found.models.key
+
+    def _wait_for_model(
+        self,
+        models: ModelFormat,
+        is_first: bool,
+        deadline: float,
+        timeout_seconds: float,
+        check: Callable[[], None],
+        of_lower: bool = False,
+    ) -> _Found:
+        begun = time.monotonic()
         while True:
-            found = self._found(models, is_first)
-            if found.model is not None or not (self._worker and is_first) or found.is_over:
-                break
+            found = self._found(models, is_first, of_lower)
+            waits = bool(self._worker) and is_first and found.model is None and not found.is_over
+            begins = found.begins and time.monotonic() - begun < _BEGIN_SECONDS
+            if not waits and not begins:
+                return found
             check()
             if time.monotonic() > deadline:
                 raise WaitTimeoutError(
@@ -138,12 +169,6 @@ class Gossip:
                     "worker 0's log."
                 )
             time.sleep(_LOOK_SECONDS)
-        if found.models is not models:
-            self._server.begin(job_seed, found.models)
-        self._models = found.models
-        model = found.model or Model(0, values)
-        self._server.publish(model)
-        return model.values, found.models.key
 
     def exchange(self, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
         """Returns a worker's model after it was mixed, if it was.
@@ -206,12 +231,15 @@ class Gossip:
         self._partners.update({**done, **live})
         return live, done
 
-    def _found(self, models: ModelFormat, is_first: bool) -> _Found:
-        """Looks for the model of the worker that is furthest."""
+    def _found(self, models: ModelFormat, is_first: bool, of_lower: bool) -> _Found:
+        """Looks for the model of the worker that is furthest, perhaps only of those below."""
         live, _ = self._look_around()
         found = []
-        is_over = False
-        for worker in self._partners.present(sorted(set(live) - {self._worker})):
+        is_over = begins = False
+        others = (
+            w for w in sorted(live) if w < self._worker or (w > self._worker and not of_lower)
+        )
+        for worker in self._partners.present(others):
             reply = self._partners.greet(worker)
             if reply is None or not reply.variables:
                 continue
@@ -219,15 +247,18 @@ class Gossip:
             if key == models.key:
                 models.compare(reply)
             is_over = is_over or key > models.key
+            if key == models.key and worker < self._worker and not reply.has_model:
+                begins = True
             if reply.has_model and models.has_variables_of(reply):
                 if is_first or key == models.key:
-                    found.append((key, reply.step, worker))
-        for key, _, worker in sorted(found, reverse=True):
+                    found.append((key, reply.step, -worker))
+        for key, _, lower in sorted(found, reverse=True):
+            worker = -lower
             alike = models if key == models.key else models.of_training(key)
             model = self._partners.pull(worker, alike)
             if model is not None:
-                return _Found(alike, model, is_over)
-        return _Found(models, None, is_over)
+                return _Found(alike, model, is_over, begins)
+        return _Found(models, None, is_over, begins)
 
     def _pull(self, partner: int, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
         model = self._partners.pull(partner, self._models)
