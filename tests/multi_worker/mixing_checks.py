@@ -112,7 +112,8 @@ def check_keras(found: JobResult, steps: int) -> None:
         steps: How many steps each has made in its first fit.
     """
     evaluated = found.common("keras", "evaluated")
-    assert evaluated["accuracy"] > 0.75
+    # A quarter by chance.
+    assert evaluated["accuracy"] > 0.5
     assert found.common("keras", "again") == evaluated
     predicted = found.common("keras", "predicted")
     chief = found.results[0]["keras"]
@@ -126,7 +127,7 @@ def check_keras(found: JobResult, steps: int) -> None:
         assert history["val_loss"][-1] < history["val_loss"][0]
     # Worker 1 has ended its second fit after an epoch; the others go on.
     assert found.each("keras", "epochs") == [3, 1, 3][: len(found.results)]
-    assert found.common("keras", "evaluated_again")["accuracy"] > 0.75
+    assert found.common("keras", "evaluated_again")["accuracy"] > 0.65
     # With a learning rate of 0 what was written stays, and statistics go on from it.
     assert found.common("keras", "written")["unchanged"]
     assert np.abs(np.array(found.common("keras", "written", "statistics")) - 0.25).max() > 0.01
@@ -137,7 +138,7 @@ def check_loops(found: JobResult) -> None:
     for name in ("run_in_function", "eager"):
         found.common("loops", name, "weights_sha256")
         for loop in found.each("loops", name):
-            assert loop["last"] < loop["first"]
+            assert loop["after"] < 0.9 * loop["before"]
             assert loop["steps"] == 2 * 480 // 16 // len(found.results)
 
 

@@ -282,6 +282,12 @@ class Loop:
         self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
         return loss
 
+    def loss(self) -> float:
+        """Returns that of what is outside of training."""
+        logits = self.model(TEST[0])
+        losses = keras.losses.sparse_categorical_crossentropy(TEST[1], logits, True)
+        return float(tf.reduce_mean(losses))
+
 
 def whole() -> Any:
     data = tf.data.Dataset.from_tensor_slices(TRAIN).batch(16).repeat(2)
@@ -317,6 +323,7 @@ def custom_loops() -> dict[str, Any]:
     for name, optimizer, make_step, make_data in loops():
         loop = Loop(optimizer)
         step = make_step(loop)
+        before = loop.loss()
         losses = [float(step(x, y)) for x, y in make_data()]
         # What was trained is there as long as its variables are.
         del step
@@ -327,8 +334,8 @@ def custom_loops() -> dict[str, Any]:
         strategy.synchronize()
         found[name] = {
             "steps": len(losses),
-            "first": losses[0],
-            "last": float(np.mean(losses[-5:])),
+            "before": before,
+            "after": loop.loss(),
             "weights_sha256": tf_syncdist.variables_sha256(loop.model.weights),
         }
     return found
