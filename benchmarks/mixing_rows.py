@@ -16,7 +16,6 @@ _NUMBERS = (
     "steps_per_second",
     "examples_per_second",
     "final_accuracy",
-    "warmup_seconds",
 )
 _COLUMNS = {
     "strategy": "strategy",
@@ -58,9 +57,23 @@ def table(rows: Iterable[Row]) -> str:
     )
 
 
+def line(run: dict[str, Any]) -> str:
+    """Returns a run in short."""
+    seconds, learners = run["seconds_to_target"], run.get("learners")
+    reached = "target not reached" if seconds is None else f"{seconds:.2f} s to the target"
+    of = f", {learners} learner(s)" if learners else ""
+    return f"{reached}, {run['steps_per_second']:.1f} steps/s{of}"
+
+
 def comparisons(rows: Sequence[Row]) -> list[str]:
     """Returns a sentence for each pair of rows that is worth comparing."""
-    return [*_of_learners([row for row in rows if row["part"] == "learners"])]
+    found = _of_learners([row for row in rows if row["part"] == "learners"])
+    return found + [
+        f"{row['strategy']} with one of {row['workers']} workers slow: the others keep "
+        f"{100 * row['rate_ratio']:.0f} % of their steps per second"
+        for row in rows
+        if row["part"] == "stragglers"
+    ]
 
 
 def _of_learners(rows: Sequence[Row]) -> list[str]:
@@ -74,11 +87,15 @@ def _of_learners(rows: Sequence[Row]) -> list[str]:
         name = f"{row['learners']} learners" + (" (auto)" if row["auto"] else "")
         found += [_compared(name, row, "one learner", other) for other in alone]
         found += [
-            _compared(name, row, f"MirroredStrategy on {other['devices']} device(s)", other)
+            _compared(name, row, f"MirroredStrategy on {_devices(other)}", other)
             for other in others
             if other["learners"] == row["learners"]
         ]
     return found
+
+
+def _devices(row: Row) -> str:
+    return "one device" if row["devices"] == 1 else f"{row['devices']} devices"
 
 
 def _compared(name: str, row: Row, other_name: str, other: Row) -> str:

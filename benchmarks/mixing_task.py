@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from benchmarks.mixing_settings import Settings
 from examples.mnist_data import NUM_CLASSES, Dataset, load_digits, load_mnist
 
 _FILTERS = (8, 16)
@@ -78,13 +80,9 @@ class Stopwatch:
 
     Args:
         clock: Returns the time in seconds; monotonic.
-
-    Attributes:
-        curve: Seconds, passes over the data, and accuracy, of every test.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.curve: list[tuple[float, float, float]] = []
         self._clock = clock
         self._begin = clock()
         self._paused = 0.0
@@ -94,36 +92,59 @@ class Stopwatch:
         """How long training has gone on."""
         return self._clock() - self._begin - self._paused
 
-    def test(self, epochs: float, test: Callable[[], float]) -> float:
-        """Tests the model while the clock stands still, and returns its accuracy.
-
-        Args:
-            epochs: How many passes over the data there have been.
-            test: Returns the accuracy.
-        """
-        began, seconds = self._clock(), self.seconds
-        accuracy = test()
-        self.curve.append((seconds, epochs, accuracy))
-        self._paused += self._clock() - began
-        return accuracy
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Stands still for a while."""
+        began = self._clock()
+        try:
+            yield
+        finally:
+            self._paused += self._clock() - began
 
 
-def summary(
-    curve: Sequence[tuple[float, float, float]], target: float, seconds: float, steps: int
-) -> dict[str, Any]:
-    """Returns what one training run came to.
+class Tests:
+    """Tests a model some times in each pass over the data, and says when to stop.
 
     Args:
+        judge: Tests it.
+        stopwatch: Stands still meanwhile.
+        settings: When to test, and when to stop.
+
+    Attributes:
         curve: Seconds, passes over the data, and accuracy, of every test.
-        target: The accuracy to be reached.
-        seconds: How long it took.
-        steps: How many steps were taken.
     """
-    reached = next(((s, e) for s, e, accuracy in curve if accuracy >= target), (None, None))
-    return {
-        "seconds_to_target": reached[0],
-        "epochs_to_target": reached[1],
-        "steps_per_second": steps / seconds,
-        "final_accuracy": curve[-1][2],
-        "curve": [list(point) for point in curve],
-    }
+
+    def __init__(self, judge: Judge, stopwatch: Stopwatch, settings: Settings) -> None:
+        self.curve: list[tuple[float, float, float]] = []
+        self._judge = judge
+        self._stopwatch = stopwatch
+        self._settings = settings
+
+    def are_due(self, epochs: float) -> bool:
+        """Returns whether it is time after so many passes over the data."""
+        if self._stopwatch.seconds >= self._settings.most_seconds:
+            return True
+        last = self.curve[-1][1] if self.curve else 0.0
+        per_epoch = self._settings.tests_per_epoch
+        return int(epochs * per_epoch) > int(last * per_epoch)
+
+    def stop(self, epochs: float, weights: Callable[[], Sequence[np.ndarray]]) -> bool:
+        """Tests the weights, and returns whether the run is over."""
+        seconds = self._stopwatch.seconds
+        with self._stopwatch.pause():
+            accuracy = self._judge.accuracy(weights())
+        self.curve.append((seconds, epochs, accuracy))
+        wanted = self._settings
+        is_late = epochs >= wanted.epochs or seconds >= wanted.most_seconds
+        return accuracy >= wanted.target or is_late
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what the run came to."""
+        points = ((s, e) for s, e, accuracy in self.curve if accuracy >= self._settings.target)
+        seconds, epochs = next(points, (None, None))
+        return {
+            "seconds_to_target": seconds,
+            "epochs_to_target": epochs,
+            "final_accuracy": self.curve[-1][2] if self.curve else 0.0,
+            "curve": self.curve,
+        }

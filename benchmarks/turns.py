@@ -65,12 +65,16 @@ class TurnProcess:
         for answer in self._process.stdout:
             if answer.startswith("{"):
                 return json.loads(answer)
-        log = self._log_file.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
         raise RuntimeError(
             f"Expected an answer from the process of {self._name}, but it has ended with exit "
             f"code {self._process.wait(timeout=10)}; raise --timeout_seconds if the machine is "
-            "slow. Its log:\n" + "\n".join(log)
+            f"slow. Its log:\n{self.log_tail()}"
         )
+
+    def log_tail(self) -> str:
+        """Returns the last lines that it has printed."""
+        lines = self._log_file.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
+        return "\n".join(lines)
 
     def kill(self) -> None:
         """Ends the process and what it has started. May be called twice."""
