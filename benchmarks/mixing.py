@@ -60,6 +60,7 @@ _TARGET = flags.DEFINE_float("target", 0.97, "Test accuracy to reach in the part
 _JOB_TARGET = flags.DEFINE_float("job_target", 0.93, "Test accuracy to reach in the other parts.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 16, "Batch of a learner.", lower_bound=1)
 _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.02, "Learning rate.")
+_FILTERS = flags.DEFINE_list("filters", ["8", "16"], "Filters of the network's convolutions.")
 _EPOCHS = flags.DEFINE_float("epochs", 10, "Passes over the data after which a run ends.")
 _TESTS = flags.DEFINE_integer("tests_per_epoch", 8, "Tests in a pass over the data.", lower_bound=1)
 _STEP_SECONDS = flags.DEFINE_float("step_seconds", 0.02, "Sleep of a step.", lower_bound=0)
@@ -116,6 +117,7 @@ def _measure_with(start: mixing_learners.Start) -> tuple[list[mixing_rows.Row], 
         epochs=_EPOCHS.value,
         most_seconds=_MOST_SECONDS.value,
         tests_per_epoch=_TESTS.value,
+        filters=[int(number) for number in _FILTERS.value],
     )
     rows: list[mixing_rows.Row] = []
     failures: list[str] = []

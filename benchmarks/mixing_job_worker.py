@@ -86,10 +86,10 @@ class _Worker:
         is_delayed = index == len(job.addresses) - 1
         self._sleep_seconds = job.step_seconds + job.delay_seconds * is_delayed
         self._strategy = _make_strategy(job.strategy)
-        self._judge = mixing_task.Judge(data)
+        self._judge = mixing_task.Judge(data, settings)
         keras.utils.set_random_seed(job.seed)
         with self._strategy.scope():
-            self._model = mixing_task.build(data.x_train.shape[1:])
+            self._model = mixing_task.build(data.x_train.shape[1:], settings)
             # A rate of 0 leaves all models as they are, so steps of a warm-up need not be undone.
             self._optimizer = keras.optimizers.SGD(0.0, momentum=0.9)
             self._optimizer.build(self._model.trainable_variables)

@@ -79,11 +79,11 @@ def train(task: Task, settings: Settings, data: Dataset) -> dict[str, Any]:
     # A smaller batch at the end of a pass would be traced within the time that is taken.
     whole = len(data.x_train) // batch_size * batch_size
     x, y = data.x_train[:whole], data.y_train[:whole]
-    judge = mixing_task.Judge(data)
+    judge = mixing_task.Judge(data, settings)
     keras.utils.set_random_seed(task.seed)
     strategy = _make_strategy(task, devices)
     with strategy.scope():
-        model = mixing_task.build(x.shape[1:])
+        model = mixing_task.build(x.shape[1:], settings)
         optimizer = keras.optimizers.SGD(settings.learning_rate, momentum=0.9)
         optimizer.build(model.trainable_variables)
         model.compile(optimizer, mixing_task.loss_function(), jit_compile=False)

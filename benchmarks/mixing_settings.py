@@ -15,6 +15,7 @@ class Settings(NamedTuple):
         epochs: Passes over the data after which it ends.
         most_seconds: Seconds of training after which it ends.
         tests_per_epoch: How often the model is tested in a pass over the data.
+        filters: Filters of each convolution of the network.
     """
 
     batch_size: int
@@ -23,3 +24,4 @@ class Settings(NamedTuple):
     epochs: float
     most_seconds: float
     tests_per_epoch: int
+    filters: list[int]

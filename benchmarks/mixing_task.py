@@ -14,18 +14,16 @@ import tensorflow as tf
 from benchmarks.mixing_settings import Settings
 from examples.mnist_data import NUM_CLASSES, Dataset, load_digits, load_mnist
 
-_FILTERS = (8, 16)
-
 
 def load(data_dir: str | None) -> Dataset:
     """Returns MNIST from a directory of its IDX files, or scikit-learn's 8x8 digits without one."""
     return load_mnist(data_dir) if data_dir else load_digits()
 
 
-def build(image_shape: Sequence[int]) -> keras.Model:
-    """Builds a small convolutional network, so small that a batch of 16 does not fill a device."""
+def build(image_shape: Sequence[int], settings: Settings) -> keras.Model:
+    """Builds a small convolutional network for images of one colour."""
     layers: list[Any] = [keras.Input(image_shape), keras.layers.Reshape((*image_shape, 1))]
-    for filters in _FILTERS:
+    for filters in settings.filters:
         layers.append(keras.layers.Conv2D(filters, 3, padding="same", activation="relu"))
         layers.append(keras.layers.MaxPooling2D())
     return keras.Sequential([*layers, keras.layers.Flatten(), keras.layers.Dense(NUM_CLASSES)])
@@ -61,10 +59,11 @@ class Judge:
 
     Args:
         data: The data.
+        settings: What the model is like.
     """
 
-    def __init__(self, data: Dataset) -> None:
-        self._model = build(data.x_train.shape[1:])
+    def __init__(self, data: Dataset, settings: Settings) -> None:
+        self._model = build(data.x_train.shape[1:], settings)
         self._images, self._labels = tf.constant(data.x_test), data.y_test
         self._predict = tf.function(self._model)
 
