@@ -5,10 +5,13 @@
     python -m benchmarks.propagation --json_out=propagation.json
     python -m benchmarks.cutoffs --json_out=cutoffs.json
     python -m benchmarks.cutoff_jobs --json_out=cutoff_jobs.json
+    python -m benchmarks.mixing --data_dir=DIR --json_out=mixing.json
     python -m benchmarks.fill --rows=allreduce.json,fit.json,propagation.json docs/performance.md
+    python -m benchmarks.fill --rows=mixing.json docs/mixing.md
 
 A table stands between the lines `<!-- table: NAME -->` and `<!-- end of table -->`, where NAME is
-allreduce, fit_overhead, propagation, cutoffs, cutoff_decisions or cutoff_jobs.
+allreduce, fit_overhead, propagation, cutoffs, cutoff_decisions, cutoff_jobs, mixing_learners or
+mixing_jobs.
 """
 
 from __future__ import annotations
@@ -193,6 +196,49 @@ def _cutoff_jobs(rows: Sequence[Row]) -> str:
     return f"{note}\n\n{_markdown(lines)}"
 
 
+def _mixing_learners(rows: Sequence[Row]) -> str:
+    """Returns what learners on a device came to, a line for each system."""
+    head = ["strategy", "learners", "devices", "batch", *_MIXING.values(), *_SEEDS_OF_MIXING]
+    lines = [head]
+    for row in rows:
+        name = "MirroredStrategy" if row["strategy"] == "mirrored" else "ModelAveragingStrategy"
+        learners = f"auto ({row['learners']})" if row["auto"] else str(row["learners"])
+        if row["strategy"] == "mirrored":
+            learners = ""
+        head = [name, learners, str(row["devices"]), str(row["batch_size"])]
+        lines.append([*head, *_mixing_cells(row)])
+    return f"Medians; images per second are those of all learners.\n\n{_markdown(lines)}"
+
+
+def _mixing_jobs(rows: Sequence[Row]) -> str:
+    """Returns what jobs came to, a line for each strategy without and with a slow worker."""
+    head = ["strategy", "workers", "slow", "batch", *_MIXING.values(), *_SEEDS_OF_MIXING]
+    lines = [[*head, "steps/s kept"]]
+    for row in sorted(rows, key=lambda row: (row["strategy"], row["straggler"])):
+        head = [row["strategy"], str(row["workers"]), "1" if row["straggler"] else ""]
+        kept = f"{100 * row['rate_ratio']:.0f} %" if row["straggler"] else ""
+        lines.append([*head, str(row["batch_size"]), *_mixing_cells(row), kept])
+    note = "Medians; steps per second are those of a worker that is never slow."
+    return f"{note}\n\n{_markdown(lines)}"
+
+
+_MIXING = {
+    "seconds_to_target": "s to target",
+    "epochs_to_target": "epochs to it",
+    "steps_per_second": "steps/s",
+    "examples_per_second": "images/s",
+}
+_SEEDS_OF_MIXING = ("reached it", "each seed's s")
+
+
+def _mixing_cells(row: Row) -> list[str]:
+    values = [row[key] for key in _MIXING]
+    cells = ["-" if v is None else f"{v:.3g}" if v < 1000 else f"{v:,.0f}" for v in values]
+    seconds = [run["seconds_to_target"] for run in row["runs"]]
+    each = " ".join("-" if s is None else f"{s:.3g}" for s in seconds)
+    return [*cells, f"{row['reached']} of {len(seconds)}", each]
+
+
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1000 * seconds:.0f}"
 
@@ -202,11 +248,15 @@ def main(argv: Sequence[str]) -> None:
     rows = [row for path in _ROWS.value for row in json.loads(pathlib.Path(path).read_text())]
     tables = {
         "allreduce": _allreduce([row for row in rows if "median_seconds" in row]),
-        "fit_overhead": _fit_overhead([row for row in rows if "steps_per_second" in row]),
+        "fit_overhead": _fit_overhead([row for row in rows if "ratio_to_plain" in row]),
         "propagation": _propagation([row for row in rows if "exchange_seconds" in row]),
         "cutoffs": _cutoffs([row for row in rows if "decision_seconds" in row]),
         "cutoff_decisions": _cutoff_decisions([row for row in rows if "decision_seconds" in row]),
         "cutoff_jobs": _cutoff_jobs([row for row in rows if "simulated" in row]),
+        "mixing_learners": _mixing_learners([r for r in rows if r.get("part") == "learners"]),
+        "mixing_jobs": _mixing_jobs(
+            [r for r in rows if r.get("part") in ("strategies", "stragglers")]
+        ),
     }
     for path in map(pathlib.Path, argv[1:]):
         text = path.read_text()

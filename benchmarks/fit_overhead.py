@@ -12,11 +12,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pathlib
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,75 +22,32 @@ from typing import Any
 
 from absl import app, flags
 
+from benchmarks.turns import TurnProcess
+
 _BLOCKS = flags.DEFINE_integer("blocks", 15, "Turns of each system with a model.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 200, "Timed steps of a turn.", lower_bound=1)
 _TIMEOUT_SECONDS = flags.DEFINE_float("timeout_seconds", 900, "Deadline of the whole run.")
 _JSON_OUT = flags.DEFINE_string("json_out", None, "File for the rows, if given.")
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
 _SYSTEMS = ("plain", "mirrored", "ours")
 _MODELS = ("mlp", "cnn")
-_LOG_TAIL_LINES = 40
-
-
-class _Process:
-    """A process that trains when it is told to."""
-
-    def __init__(self, system: str, directory: pathlib.Path, give_up_at: float) -> None:
-        self._system = system
-        self._log_file = directory / f"{system}.log"
-        with self._log_file.open("wb") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "benchmarks.fit_overhead_worker"),
-                    f"--system={system}",
-                    f"--steps={_STEPS.value}",
-                    f"--give_up_at={give_up_at}",
-                ],
-                cwd=_ROOT,
-                env={"TF_CPP_MIN_LOG_LEVEL": "2", **os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-            )
-
-    def train(self, model: str) -> float:
-        """Returns the steps per second of one turn.
-
-        Raises:
-          RuntimeError: the process has ended; it does so at its deadline.
-        """
-        # A process that has ended is noticed below, where its log is at hand.
-        with contextlib.suppress(BrokenPipeError):
-            print(model, file=self._process.stdin, flush=True)
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)["steps_per_second"]
-        log = self._log_file.read_text(errors="replace").splitlines()[-_LOG_TAIL_LINES:]
-        raise RuntimeError(
-            f"Expected an answer from the process of {self._system}, but it has ended with exit "
-            f"code {self._process.wait(timeout=10)}; raise --timeout_seconds if the machine is "
-            "slow. Its log:\n" + "\n".join(log)
-        )
-
-    def kill(self) -> None:
-        """Ends the process and what it has started."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(timeout=10)
 
 
 @contextlib.contextmanager
-def _processes() -> Iterator[dict[str, _Process]]:
+def _processes() -> Iterator[dict[str, TurnProcess]]:
     """Starts one process per system and ends them."""
     give_up_at = time.time() + _TIMEOUT_SECONDS.value
     with tempfile.TemporaryDirectory(prefix="benchmark_") as directory:
-        started: dict[str, _Process] = {}
+        started: dict[str, TurnProcess] = {}
         try:
             for system in _SYSTEMS:
-                started[system] = _Process(system, pathlib.Path(directory), give_up_at)
+                started[system] = TurnProcess(
+                    system,
+                    "benchmarks.fit_overhead_worker",
+                    [f"--system={system}", f"--steps={_STEPS.value}"],
+                    pathlib.Path(directory),
+                    give_up_at,
+                )
             yield started
         finally:
             for process in started.values():
@@ -111,7 +65,7 @@ def _measure() -> dict[tuple[str, str], list[float]]:
             first = block % len(_SYSTEMS)
             for model in _MODELS:
                 for system in (*_SYSTEMS[first:], *_SYSTEMS[:first]):
-                    rate = processes[system].train(model)
+                    rate = processes[system].ask(model)["steps_per_second"]
                     if block >= 0:
                         rates[model, system].append(rate)
     return rates

@@ -22,12 +22,22 @@ import tf_syncdist
 
 FLAGS = flags.FLAGS
 
-flags.DEFINE_enum("dataset", "digits", ["digits", "mnist"], "What to learn.")
+flags.DEFINE_enum(
+    "dataset",
+    None,
+    ["digits", "mnist"],
+    "What to learn; by default mnist with --data_dir, or digits.",
+)
 flags.DEFINE_string("data_dir", None, "Directory of MNIST's IDX files; downloads without it.")
 flags.DEFINE_enum("model", "mlp", ["mlp", "cnn"], "Which network to train.")
 flags.DEFINE_float("learning_rate", None, "Learning rate; by default one that suits --optimizer.")
 flags.DEFINE_integer(
-    "batch_size", 48, "Examples in one update, over all workers together.", lower_bound=1
+    "batch_size",
+    None,
+    "Examples in one update, over all workers together; 48 by default. With a --strategy that "
+    "mixes models, those in each worker's own update; 16 by default, for such strategies are made "
+    "for small batches.",
+    lower_bound=1,
 )
 flags.DEFINE_integer("epochs", 12, "How many epochs to train.", lower_bound=1)
 flags.DEFINE_integer(
@@ -40,7 +50,8 @@ flags.DEFINE_enum(
     "strategy",
     "sync_replicas",
     ["sync_replicas", "model_averaging", "elastic_averaging", "gossip", "async"],
-    "How workers train together. With all but the first, a batch is that of a worker, not of all.",
+    "How workers train together: with the first they average gradients, with the others they mix "
+    "models, and a batch is that of a worker, not of all.",
 )
 flags.DEFINE_string(
     "slow_worker",
@@ -194,19 +205,36 @@ def build_optimizer() -> keras.optimizers.Optimizer:
     return optimizer_class(**options)
 
 
+def load_data() -> Dataset:
+    """Loads what --dataset and --data_dir ask for."""
+    if FLAGS.data_dir and FLAGS.dataset == "digits":
+        raise ValueError(
+            "--data_dir: expected none with --dataset=digits, since these digits come with "
+            f"scikit-learn. Received: {FLAGS.data_dir!r}. Leave one of the two out."
+        )
+    if FLAGS.data_dir or FLAGS.dataset == "mnist":
+        return load_mnist(FLAGS.data_dir)
+    return load_digits()
+
+
+def batch_size() -> int:
+    """Returns --batch_size, or what suits --strategy."""
+    return FLAGS.batch_size or (48 if FLAGS.strategy == "sync_replicas" else 16)
+
+
 def training_batches(data: Dataset, sleeper: Sleeper | None) -> tf.data.Dataset:
     """Returns the batches of all workers together, of which the strategy gives each its part.
 
     Every worker must see the same batches in the same order, hence the seed.
     """
-    if FLAGS.batch_size > len(data.x_train):
+    if batch_size() > len(data.x_train):
         raise ValueError(
             f"--batch_size: expected at most the {len(data.x_train)} training examples of this "
-            f"data. Received: {FLAGS.batch_size}. Use a smaller batch."
+            f"data. Received: {batch_size()}. Use a smaller batch."
         )
     dataset = tf.data.Dataset.from_tensor_slices((data.x_train, data.y_train))
     dataset = dataset.shuffle(len(data.x_train), seed=FLAGS.seed)
-    dataset = dataset.batch(FLAGS.batch_size, drop_remainder=True)
+    dataset = dataset.batch(batch_size(), drop_remainder=True)
     if sleeper and sleeper.acts:
         dataset = dataset.map(lambda x, y: (sleeper.delay(x), y))
     # With a number of steps of its own, an epoch may end anywhere in the data.
@@ -250,7 +278,7 @@ def main(argv: list[str]) -> None:
     slow_worker = make_sleeper("slow_worker", slow["slow_worker"], strategy)
     slow_input = make_sleeper("slow_input", slow["slow_input"], strategy)
     keras.utils.set_random_seed(FLAGS.seed)
-    data = load_digits() if FLAGS.dataset == "digits" else load_mnist(FLAGS.data_dir)
+    data = load_data()
 
     with strategy.scope():
         delay = Delay(slow_worker) if slow_worker else None
@@ -266,10 +294,10 @@ def main(argv: list[str]) -> None:
         epochs=FLAGS.epochs,
         steps_per_epoch=FLAGS.steps_per_epoch,
         validation_data=(data.x_test, data.y_test),
-        validation_batch_size=FLAGS.batch_size,
+        validation_batch_size=batch_size(),
     )
     tested = model.evaluate(
-        data.x_test, data.y_test, batch_size=FLAGS.batch_size, verbose=0, return_dict=True
+        data.x_test, data.y_test, batch_size=batch_size(), verbose=0, return_dict=True
     )
     metrics = {name: values[-1] for name, values in history.history.items()}
     metrics |= {f"test_{name}": value for name, value in tested.items()}

@@ -60,6 +60,7 @@ _MirroredExtended = _private("tensorflow.python.distribute.mirrored_strategy", "
 # PerReplica values cannot be made in a public way, nor can nests of them be taken apart.
 _regroup = _private("tensorflow.python.distribute.distribute_utils", "regroup")
 _select_replica = _private("tensorflow.python.distribute.distribute_utils", "select_replica")
+_PerReplicaSpec = _private("tensorflow.python.distribute.values", "PerReplicaSpec")
 
 # How variables tell what they are; tf.VariableSynchronization is public, the classes are not.
 _SyncOnReadVariable = _private("tensorflow.python.distribute.values", "SyncOnReadVariable")
@@ -435,6 +436,11 @@ def part_of(number: int, values: Any) -> Any:
 def per_replica(values: Sequence[Any]) -> Any:
     """Returns nests, one for each device of a worker, as one nest of PerReplica values."""
     return _regroup(tuple(values), always_wrap=True)
+
+
+def per_replica_spec(spec: Any, count: int) -> Any:
+    """Returns what nests of PerReplica values are, each with so many parts of one specification."""
+    return tf.nest.map_structure(lambda s: _PerReplicaSpec(*[s] * count), spec)
 
 
 def shard_by_files(dataset: tf.data.Dataset, num_workers: int, worker: int) -> tf.data.Dataset:

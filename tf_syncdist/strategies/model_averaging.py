@@ -176,6 +176,7 @@ class ModelAveragingStrategy(MixingStrategy):
             address=role.address,
             credentials=credentials,
             propagation=serialize_propagation(FifoPropagation()),
+            strategy=type(self).__name__,
             **self._options,
         )
 
