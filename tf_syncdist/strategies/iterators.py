@@ -53,7 +53,13 @@ class WorkerIterator(tf.data.Iterator):
         """
         counted = [] if self.count is None else [self.count.get_next()]
         with tf.control_dependencies(counted):
-            return _together([self.elements.get_next() for _ in range(self.parts)])
+            found = [self.elements.get_next() for _ in range(self.parts)]
+        if self.count is None and self.parts > 1 and not tf.executing_eagerly():
+            # No learner begins with a rest before it is known that there are too few for all.
+            last = tf.nest.flatten(found[-1], expand_composites=True)
+            with tf.control_dependencies(last):
+                found = tf.nest.map_structure(tf.identity, found, expand_composites=True)
+        return _together(found)
 
     def get_next_as_optional(self) -> tf.experimental.Optional:
         """Returns the next element, if there is one, as an Optional."""
