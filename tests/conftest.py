@@ -25,6 +25,7 @@ _LONG = (
     "multi_worker/test_differences.py",
     "multi_worker/test_deferred_uses.py",
     "multi_worker/test_tracing.py",
+    "multi_worker/test_model_averaging.py",
     "multi_worker/test_nonfinite.py",
     "multi_worker/test_local_state.py",
     "multi_worker/test_overflow.py",

@@ -86,7 +86,9 @@ class Life:
         if not self._trace.exists():
             return []
         *lines, _ = self._trace.read_text().split("\n")
-        return [(int(rounds), sha256) for rounds, sha256 in map(str.split, lines)]
+        return [
+            (int(rounds), sha256) for rounds, sha256 in (line.split(maxsplit=1) for line in lines)
+        ]
 
 
 class FaultyJob:

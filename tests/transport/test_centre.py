@@ -112,6 +112,23 @@ def test_what_is_too_stale_is_left_out(serve: Serve) -> None:
     assert [w.too_stale for w in first.report().workers] == [0, 1]
 
 
+def test_who_only_looks_at_the_centre_is_as_stale_as_before(serve: Serve) -> None:
+    service = serve(2, centre=serialize(AsyncCentre(max_staleness=2)))
+    first, second = service.sessions()
+    opened(service, [first, second], cut())
+    one = [np.ones_like(v) for v in model(0)]
+    for _ in range(3):
+        first.mix(one)
+    # As for an evaluation: worker 1 goes on with what it had.
+    second.read_centre()
+    mixed = second.mix(one)[1]
+    assert mixed.staleness == 3 and mixed.too_stale == mixed.slices
+    for _ in range(3):
+        first.mix(one)
+    second.read_centre(goes_on_from_it=True)
+    assert second.mix(one)[1].staleness == 0
+
+
 def test_slices_serve_one_request_at_a_time(serve: Serve) -> None:
     """Sums of small whole numbers are exact in any order, so nothing may be lost or doubled."""
     shapes = [(1000, 100), (50,)]

@@ -9,6 +9,7 @@ import pytest
 
 from tf_syncdist.aggregation import recovery, waits
 from tf_syncdist.aggregation.records import SliceKey
+from tf_syncdist.aggregation.server import AggregatorServer
 from tf_syncdist.errors import ServiceError
 from tf_syncdist.propagation.slices import TensorSpec
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
@@ -188,3 +189,19 @@ def test_a_stream_to_any_of_several_shards_may_break(serve: Serve) -> None:
     service.together(*(functools.partial(w.do_runs, s, 3) for w, s in everybody))
     assert workers[0].bytes == workers[1].bytes
     assert [w.counts for w in workers] == [(12, 0, 0, 0)] * 2
+
+
+def test_who_leaves_while_the_service_is_away_is_not_waited_for(serve: Serve) -> None:
+    service = serve(2)
+    first, second = service.sessions()
+    first.wait_started(), second.wait_started()
+    port = service.servers[0].port
+    service.servers[0].close(grace_seconds=0)
+    service.until(lambda: not first._ready[0] and not second._ready[0])
+    first.goodbye(pb.FINISHED, 0)
+    service.servers[0] = AggregatorServer(port=port, on_event=service.events.append)
+    service.until(lambda: any("worker 0 left" in e for e in service.events))
+    second.goodbye(pb.FINISHED, 0)
+    assert service.together(
+        *(functools.partial(s.wait_all_gone, 8.0, lambda: None) for s in (first, second))
+    ) == [True, True]

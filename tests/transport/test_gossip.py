@@ -49,10 +49,20 @@ class Peer:
             mode, worker, candidates, self.server, self.partners, lambda: (mesh.live, mesh.done), 1
         )
 
-    def start(self, value: float, specs: list = SPECS, seconds: float = 5.0) -> float:
+    def start(
+        self,
+        value: float,
+        specs: list = SPECS,
+        seconds: float = 5.0,
+        key: tuple[int, int] = (1, 0),
+        is_first: bool = True,
+    ) -> float:
         """Begins with a model and returns with which it really does."""
         model = filled(value) if specs is SPECS else [np.zeros(int(np.prod(specs[0][2])), "f4")]
-        return value_of(self.gossip.start(specs, model, SEED, seconds, lambda: None))
+        values, self.key = self.gossip.start(
+            specs, model, SEED, seconds, lambda: None, is_first, key
+        )
+        return value_of(values)
 
     def exchange(self, step: int, value: float) -> float:
         """Mixes a model of one value."""
@@ -171,6 +181,7 @@ def test_what_is_pushed_at_the_same_time_is_counted_once(mesh: Mesh) -> None:
     for peer in peers:
         peer.start(0.0)
     parts = [p.server.publish(Model(1, filled(1.0))) for p in peers]
+    peers[0].server.take_pushed()
     taken = total = 0
 
     def push(worker: int) -> None:
@@ -296,6 +307,70 @@ def test_the_average_is_that_of_all_who_are_there_or_done(mesh: Mesh) -> None:
     assert {peers[0].exchange(step, 1.0) for step in range(30)} <= {1.0, 1.5}
 
 
+def test_who_comes_late_takes_part_in_the_training_of_the_others(mesh: Mesh) -> None:
+    zero = mesh.add(0)
+    zero.start(7.0)
+    assert zero.start(5.0, key=(3, 2), is_first=False) == 5.0
+    late = mesh.add(1)
+    assert late.start(1.0) == 5.0 and late.key == (3, 2)
+    assert late.gossip.average(1, filled(6.0))[0][0] == 5.5
+
+
+def test_models_of_another_training_are_not_mixed(mesh: Mesh) -> None:
+    """What the program writes itself holds, although a partner has not come to it yet."""
+    for mode in ("pull", "push"):
+        zero, one = mesh.add(0, mode, [0, 1]), mesh.add(1, mode, [0, 1])
+        zero.start(1.0)
+        one.start(1.0)
+        # Worker 1 has trained far, and its model was handed over before worker 0 began anew.
+        one.gossip.exchange(500, filled(9.0))
+        assert one.partners.push(0, one.gossip._models, one.server.publish(Model(9, filled(9.0))))
+        assert zero.start(3.0, key=(2, 0), is_first=False) == 3.0
+        for step in range(20):
+            assert zero.exchange(step, 3.0) == 3.0
+            assert one.exchange(step, 9.0) == 9.0
+        assert zero.gossip.average(20, filled(3.0))[0][0] == 3.0
+        # That is nobody's fault.
+        assert not zero.notices and not one.notices
+        assert zero.gossip.counts.failed == one.gossip.counts.failed == 0
+        assert one.start(4.0, key=(2, 0), is_first=False) == 3.0
+        found = {one.exchange(step, 9.0) for step in range(20)}
+        if mode == "pull":
+            assert found == {6.0, 9.0}
+        zero.close()
+        one.close()
+
+
+def test_a_later_training_begins_with_one_model(mesh: Mesh) -> None:
+    """Whoever comes to it first, and if all come at once."""
+    peers = [mesh.add(w) for w in range(3)]
+    for peer in peers:
+        peer.start(0.0)
+    assert peers[2].start(12.0, key=(2, 0), is_first=False) == 12.0
+    assert [p.start(10.0 + p.worker, key=(2, 0), is_first=False) for p in peers[:2]] == [12.0] * 2
+    for revision in range(1, 9):
+        begun: dict[int, float] = {}
+
+        def begin(peer: Peer, revision: int = revision, begun: dict = begun) -> None:
+            value = 10.0 + peer.worker
+            begun[peer.worker] = peer.start(value, key=(2, revision), is_first=False)
+
+        threads = [threading.Thread(target=begin, args=(p,)) for p in peers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+        assert len(begun) == 3 and len(set(begun.values())) == 1, begun
+
+
+def test_a_worker_does_not_wait_for_a_training_that_is_over(mesh: Mesh) -> None:
+    zero = mesh.add(0)
+    zero.start(0.0)
+    zero.start(0.0, [("w", "float32", (4,))], key=(2, 0), is_first=False)
+    one = mesh.add(1)
+    assert one.start(8.0) == 8.0 and one.key == (1, 0)
+
+
 def test_messages_that_are_no_whole_model() -> None:
     models = ModelFormat(SPECS, SEED, 0)
     parts = models.write(Model(3, filled(1.0)))
@@ -308,6 +383,9 @@ def test_messages_that_are_no_whole_model() -> None:
     header, payload = wire.decode(pb.ToPeer, parts[0])
     bad = {
         "another one": stranger,
+        "of the training that began in fit 0": models.of_training((1, 0)).write(
+            Model(3, filled(1.0))
+        ),
         "other variables": several,
         "bytes in part": [wire.encode(header, bytes(payload)[:-4])],
         "Expected part 0": [*parts, *parts],

@@ -15,6 +15,7 @@ _MOST_RUNS = 2**48
 
 _SAME_FOR_ALL = (
     "num_workers",
+    "strategy",
     "cutoff",
     "num_shards",
     "shard",

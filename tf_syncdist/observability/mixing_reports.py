@@ -1,6 +1,8 @@
-"""Reports of strategies in which no worker waits for another."""
+"""Reports of strategies that mix models."""
 
 from typing import NamedTuple
+
+from tf_syncdist.observability.reports import Report
 
 
 class Exchanges(NamedTuple):
@@ -33,7 +35,7 @@ class Exchanges(NamedTuple):
 
 
 class MixingReport(NamedTuple):
-    """What has become of models that are mixed without waiting.
+    """What has become of models that are mixed.
 
     Args:
         worker: The worker that reports.
@@ -44,7 +46,11 @@ class MixingReport(NamedTuple):
             through it. It counts from its last start, by the first slice of the centre.
         distance: The root mean square of the differences between this worker's model and the
             centre, or the mean of all models, when it was looked at last; `None` if it never was.
+            With model averaging, between all its learners and the central model.
         centre_bytes: How many bytes the first process of the service holds for the centre.
+        learners: With model averaging, how far each learner of this worker is from the central
+            model, in lengths of that.
+        rounds: With model averaging, in which every run waits for all workers, who was in time.
     """
 
     worker: int
@@ -54,8 +60,12 @@ class MixingReport(NamedTuple):
     workers: tuple[Exchanges, ...] = ()
     distance: float | None = None
     centre_bytes: int = 0
+    learners: tuple[float, ...] = ()
+    rounds: Report | None = None
 
     def __str__(self) -> str:
+        if self.learners:
+            return self._of_learners()
         if self.num_workers == 1:
             return f"{self.runs} runs by a single worker"
         lines = [
@@ -72,6 +82,49 @@ class MixingReport(NamedTuple):
                 f"{self.distance:.3g}"
             )
         return "\n".join(lines)
+
+    def _of_learners(self) -> str:
+        count = len(self.learners)
+        who = "a single worker" if self.num_workers == 1 else f"{self.num_workers} workers"
+        each = " each" if self.num_workers > 1 else ""
+        said = f"{self.runs} runs by {who} with {count} learner{'s' * (count > 1)}{each}"
+        if self.num_workers * count == 1:
+            return said
+        mixed = "all" if self.own.mixed == self.runs else str(self.own.mixed)
+        lines = [f"{said}, averaged in {mixed} of them without staleness"]
+        if self.num_workers > 1 and self.rounds is not None:
+            lines.append(str(self.rounds))
+        least, most = min(self.learners), max(self.learners)
+        lines.append(
+            f"learners of worker {self.worker} are {least:.3g} to {most:.3g} of the central "
+            "model's length away from it"
+        )
+        return "\n".join(lines)
+
+
+def averaging_report(
+    worker: int,
+    num_workers: int,
+    runs: int,
+    averaged: int,
+    distance: float | None,
+    learners: tuple[float, ...],
+    rounds: Report,
+) -> MixingReport:
+    """Returns the report of a job in which every run waits for the learners of all workers.
+
+    Args:
+        worker: The worker that reports.
+        num_workers: How many workers the job has.
+        runs: How many runs this worker has done.
+        averaged: In how many runs learners were averaged.
+        distance: See `MixingReport`.
+        learners: See `MixingReport`.
+        rounds: See `MixingReport`.
+    """
+    workers = tuple(Exchanges(rounds.rounds, w.contributed) for w in rounds.workers)
+    own = Exchanges(averaged, averaged)
+    return MixingReport(worker, num_workers, runs, own, workers, distance, 0, learners, rounds)
 
 
 def _line(counts: Exchanges) -> str:

@@ -14,7 +14,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tf_syncdist_peers.proto\x12\x0etf_syncdist.v1\"\x8a\x01\n\x06ToPeer\x12)\n\x04part\x18\x01 \x01(\x0b\x32\x19.tf_syncdist.v1.ModelPartH\x00\x12+\n\x04pull\x18\x02 \x01(\x0b\x32\x1b.tf_syncdist.v1.PullRequestH\x00\x12\x0f\n\x07padding\x18\x11 \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04\x62ody\"_\n\x08\x46romPeer\x12)\n\x04part\x18\x01 \x01(\x0b\x32\x19.tf_syncdist.v1.ModelPartH\x00\x12\x0f\n\x07padding\x18\x11 \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04\x62ody\"?\n\x0bPullRequest\x12\x10\n\x08job_seed\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x0e\n\x06layout\x18\x03 \x01(\x06\"l\n\tModelPart\x12\x10\n\x08job_seed\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x0e\n\x06layout\x18\x03 \x01(\x06\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0c\n\x04part\x18\x05 \x01(\r\x12\x11\n\tnum_parts\x18\x06 \x01(\r\"\x1c\n\tPushReply\x12\x0f\n\x07waiting\x18\x01 \x01(\x04\"0\n\x0cGreetRequest\x12\x10\n\x08job_seed\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\r\"n\n\nGreetReply\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x11\n\thas_model\x18\x02 \x01(\x08\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12/\n\tvariables\x18\x04 \x03(\x0b\x32\x1c.tf_syncdist.v1.PeerVariable\":\n\x0cPeerVariable\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x32\xc3\x01\n\x05Peers\x12\x41\n\x05Greet\x12\x1c.tf_syncdist.v1.GreetRequest\x1a\x1a.tf_syncdist.v1.GreetReply\x12:\n\x04Pull\x12\x16.tf_syncdist.v1.ToPeer\x1a\x18.tf_syncdist.v1.FromPeer0\x01\x12;\n\x04Push\x12\x16.tf_syncdist.v1.ToPeer\x1a\x19.tf_syncdist.v1.PushReply(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17tf_syncdist_peers.proto\x12\x0etf_syncdist.v1\"\x8a\x01\n\x06ToPeer\x12)\n\x04part\x18\x01 \x01(\x0b\x32\x19.tf_syncdist.v1.ModelPartH\x00\x12+\n\x04pull\x18\x02 \x01(\x0b\x32\x1b.tf_syncdist.v1.PullRequestH\x00\x12\x0f\n\x07padding\x18\x11 \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04\x62ody\"_\n\x08\x46romPeer\x12)\n\x04part\x18\x01 \x01(\x0b\x32\x19.tf_syncdist.v1.ModelPartH\x00\x12\x0f\n\x07padding\x18\x11 \x01(\x0c\x12\x0f\n\x07payload\x18\x0f \x01(\x0c\x42\x06\n\x04\x62ody\"^\n\x0bPullRequest\x12\x10\n\x08job_seed\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x0e\n\x06layout\x18\x03 \x01(\x06\x12\x0b\n\x03\x66it\x18\x04 \x01(\x04\x12\x10\n\x08revision\x18\x05 \x01(\x04\"\x8b\x01\n\tModelPart\x12\x10\n\x08job_seed\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\r\x12\x0e\n\x06layout\x18\x03 \x01(\x06\x12\x0c\n\x04step\x18\x04 \x01(\x04\x12\x0c\n\x04part\x18\x05 \x01(\r\x12\x11\n\tnum_parts\x18\x06 \x01(\r\x12\x0b\n\x03\x66it\x18\x07 \x01(\x04\x12\x10\n\x08revision\x18\x08 \x01(\x04\"\x1c\n\tPushReply\x12\x0f\n\x07waiting\x18\x01 \x01(\x04\"0\n\x0cGreetRequest\x12\x10\n\x08job_seed\x18\x01 \x01(\x04\x12\x0e\n\x06worker\x18\x02 \x01(\r\"\x8d\x01\n\nGreetReply\x12\x0e\n\x06worker\x18\x01 \x01(\r\x12\x11\n\thas_model\x18\x02 \x01(\x08\x12\x0c\n\x04step\x18\x03 \x01(\x04\x12/\n\tvariables\x18\x04 \x03(\x0b\x32\x1c.tf_syncdist.v1.PeerVariable\x12\x0b\n\x03\x66it\x18\x05 \x01(\x04\x12\x10\n\x08revision\x18\x06 \x01(\x04\":\n\x0cPeerVariable\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x32\xc3\x01\n\x05Peers\x12\x41\n\x05Greet\x12\x1c.tf_syncdist.v1.GreetRequest\x1a\x1a.tf_syncdist.v1.GreetReply\x12:\n\x04Pull\x12\x16.tf_syncdist.v1.ToPeer\x1a\x18.tf_syncdist.v1.FromPeer0\x01\x12;\n\x04Push\x12\x16.tf_syncdist.v1.ToPeer\x1a\x19.tf_syncdist.v1.PushReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -26,17 +26,17 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_FROMPEER']._serialized_start=184
   _globals['_FROMPEER']._serialized_end=279
   _globals['_PULLREQUEST']._serialized_start=281
-  _globals['_PULLREQUEST']._serialized_end=344
-  _globals['_MODELPART']._serialized_start=346
-  _globals['_MODELPART']._serialized_end=454
-  _globals['_PUSHREPLY']._serialized_start=456
-  _globals['_PUSHREPLY']._serialized_end=484
-  _globals['_GREETREQUEST']._serialized_start=486
-  _globals['_GREETREQUEST']._serialized_end=534
-  _globals['_GREETREPLY']._serialized_start=536
-  _globals['_GREETREPLY']._serialized_end=646
-  _globals['_PEERVARIABLE']._serialized_start=648
-  _globals['_PEERVARIABLE']._serialized_end=706
-  _globals['_PEERS']._serialized_start=709
-  _globals['_PEERS']._serialized_end=904
+  _globals['_PULLREQUEST']._serialized_end=375
+  _globals['_MODELPART']._serialized_start=378
+  _globals['_MODELPART']._serialized_end=517
+  _globals['_PUSHREPLY']._serialized_start=519
+  _globals['_PUSHREPLY']._serialized_end=547
+  _globals['_GREETREQUEST']._serialized_start=549
+  _globals['_GREETREQUEST']._serialized_end=597
+  _globals['_GREETREPLY']._serialized_start=600
+  _globals['_GREETREPLY']._serialized_end=741
+  _globals['_PEERVARIABLE']._serialized_start=743
+  _globals['_PEERVARIABLE']._serialized_end=801
+  _globals['_PEERS']._serialized_start=804
+  _globals['_PEERS']._serialized_end=999
 # @@protoc_insertion_point(module_scope)

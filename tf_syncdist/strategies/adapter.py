@@ -60,6 +60,7 @@ _MirroredExtended = _private("tensorflow.python.distribute.mirrored_strategy", "
 # PerReplica values cannot be made in a public way, nor can nests of them be taken apart.
 _regroup = _private("tensorflow.python.distribute.distribute_utils", "regroup")
 _select_replica = _private("tensorflow.python.distribute.distribute_utils", "select_replica")
+_PerReplicaSpec = _private("tensorflow.python.distribute.values", "PerReplicaSpec")
 
 # How variables tell what they are; tf.VariableSynchronization is public, the classes are not.
 _SyncOnReadVariable = _private("tensorflow.python.distribute.values", "SyncOnReadVariable")
@@ -73,6 +74,9 @@ _CALL_FLAT = _seam(_ConcreteFunction, "_call_flat")
 
 # Keras takes the number of batches of an epoch from the user's dataset, and asks no strategy.
 _EpochIterator = _private("keras.src.backend.tensorflow.trainer", "TFEpochIterator")
+
+# Whether a graph is one that XLA compiles; it has no clock.
+_in_xla = _private("tensorflow.python.ops.control_flow_util", "GraphOrParentsInXlaContext")
 
 # Whether Keras only wants to know shapes; it reads variables in a graph that nobody executes.
 in_symbolic_scope = _private("keras.src.backend.common.symbolic_scope", "in_symbolic_scope")
@@ -394,6 +398,11 @@ def static_batch_size(dataset: tf.data.Dataset) -> int | None:
     return size if size > 0 else None
 
 
+def is_compiled() -> bool:
+    """Returns whether XLA is going to compile what is emitted now."""
+    return not tf.executing_eagerly() and _in_xla(tf.compat.v1.get_default_graph())
+
+
 def global_seed_is_set() -> bool:
     """Returns whether the user has called tf.random.set_seed."""
     return _global_seed() is not None
@@ -424,6 +433,11 @@ def per_replica(values: Sequence[Any]) -> Any:
     return _regroup(tuple(values), always_wrap=True)
 
 
+def per_replica_spec(spec: Any, count: int) -> Any:
+    """Returns what nests of PerReplica values are, each with so many parts of one specification."""
+    return tf.nest.map_structure(lambda s: _PerReplicaSpec(*[s] * count), spec)
+
+
 def shard_by_files(dataset: tf.data.Dataset, num_workers: int, worker: int) -> tf.data.Dataset:
     """Returns a worker's share as TensorFlow's auto-sharding makes it."""
     return _AutoShardDataset(dataset, num_workers, worker, num_workers)
@@ -435,6 +449,15 @@ def trained_by(optimizer: object) -> list:
         # Its own list is empty before Keras 3.12.
         return trained_by(optimizer.inner_optimizer)
     return list(getattr(optimizer, _seam(optimizer, "_trainable_variables")))
+
+
+def averages_of(optimizer: object) -> list:
+    """Returns the Keras variables in which an optimizer averages what it trains over time."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return averages_of(optimizer.inner_optimizer)
+    if not getattr(optimizer, "use_ema", False):
+        return []
+    return list(getattr(optimizer, _seam(optimizer, "_model_variables_moving_average")))
 
 
 def builds_from_input(model: keras.Model) -> bool:
@@ -475,7 +498,8 @@ def count_batches_of_shares() -> None:
     """Lets Keras ask a distributed dataset how many batches an epoch has; done once.
 
     Where a run takes several of the user's batches, an epoch has fewer runs than batches. A dataset
-    tells by an attribute `batches_per_epoch` that is not `None`.
+    tells by an attribute `batches_per_epoch`; or, if that is `None` because only Keras knows how
+    many batches there are, by how many of them a run takes, `batches_per_run`.
     """
     original = _EpochIterator.__init__
     if hasattr(original, "_tf_syncdist"):
@@ -485,6 +509,9 @@ def count_batches_of_shares() -> None:
     def initialize(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         count = getattr(self._distributed_dataset, "batches_per_epoch", None)
+        each = getattr(self._distributed_dataset, "batches_per_run", 1)
+        if count is None and each > 1 and self._num_batches is not None:
+            count = self._num_batches // each
         if count is not None:
             self.data_adapter = CountedBatches(self.data_adapter, count)
             self._num_batches = count

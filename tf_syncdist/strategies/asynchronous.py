@@ -103,6 +103,9 @@ class AsyncStrategy(FreeStrategy):
     def _centre(self) -> str:
         return serialize(self._policy)
 
+    def _described(self) -> str:
+        return f"{type(self).__name__}()"
+
     def _make_exchanger(self) -> CentreExchanger:
         return CentreExchanger(self._member.session)
 

@@ -28,14 +28,17 @@ _LOOK_SECONDS = 0.02
 class Exchanger(Protocol):
     """What runs need to mix models."""
 
-    def start(self, variables: Sequence[Spec], values: Values, key: tuple[int, int]) -> Values:
-        """Returns the model with which a worker begins.
+    def start(
+        self, variables: Sequence[Spec], values: Values, key: tuple[int, int]
+    ) -> tuple[Values, tuple[int, int]]:
+        """Returns the model with which a worker begins, and which training it is of.
 
         Args:
             variables: Name, dtype and shape of the variables.
             values: Those of this worker, as its program has made them.
             key: The fit and how often the program has written the variables within it: another one
-                than before if what was mixed before is void.
+                than before if what was mixed before is void. A worker that comes late takes part
+                in the training of the others, whatever it says.
         """
         ...
 
@@ -68,7 +71,9 @@ class CentreExchanger:
         self._has_begun = False
         self._counts = Exchanges()
 
-    def start(self, variables: Sequence[Spec], values: Values, key: tuple[int, int]) -> Values:
+    def start(
+        self, variables: Sequence[Spec], values: Values, key: tuple[int, int]
+    ) -> tuple[Values, tuple[int, int]]:
         """Returns the centre; see `Exchanger`."""
         config = self._session.config
         way = plan(
@@ -78,8 +83,8 @@ class CentreExchanger:
             config.num_workers,
         )
         joins, self._has_begun = not self._has_begun, True
-        centre, _ = self._session.open_centre(variables, way, values, key, joins)
-        return _copied(centre)
+        centre, key = self._session.open_centre(variables, way, values, key, joins)
+        return _copied(centre), key
 
     def exchange(self, step: int, values: Values) -> Values:
         """Returns what the service answers; see `Exchanger`."""
@@ -144,9 +149,10 @@ class GossipExchanger:
         if self._partners is not None:
             self._partners.heard(worker)
 
-    def start(self, variables: Sequence[Spec], values: Values, key: tuple[int, int]) -> Values:
+    def start(
+        self, variables: Sequence[Spec], values: Values, key: tuple[int, int]
+    ) -> tuple[Values, tuple[int, int]]:
         """Returns the model of a partner, or worker 0's at the start; see `Exchanger`."""
-        del key
         is_first = self._gossip is None
         config = self._session.config
         if is_first:
@@ -171,6 +177,7 @@ class GossipExchanger:
             config.timeout_seconds,
             self._session.check,
             is_first,
+            key,
         )
 
     def exchange(self, step: int, values: Values) -> Values:

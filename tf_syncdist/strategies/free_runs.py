@@ -4,7 +4,6 @@ The graph calls it; it knows no TensorFlow.
 """
 
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -23,9 +22,11 @@ from tf_syncdist.transport.states import Spec
 class MixedModel(Protocol):
     """The variables of a training function that are mixed."""
 
+    specs: list[Spec]
+
     @property
-    def specs(self) -> list[Spec]:
-        """Name, dtype on the wire and shape of each."""
+    def is_alive(self) -> bool:
+        """Whether the variables are still there."""
         ...
 
     def is_like(self, other: "MixedModel") -> bool:
@@ -78,11 +79,11 @@ class FreeRuns:
         self._fit = fit
         self._on_notice = on_notice
         self._clock = clock
-        self._model: Callable[[], MixedModel | None] = lambda: None
+        self._last: MixedModel | None = None
         # Which centre it is: the fit in which it began, and how often the program has written the
         # variables itself within it.
         self._key: tuple[int, int] | None = None
-        self._former: list[weakref.ref[MixedModel]] = []
+        self._former: list[MixedModel] = []
         self._is_void = False
         self._is_behind = False
         self._distance: float | None = None
@@ -94,13 +95,15 @@ class FreeRuns:
         """Begins a run; returns whether models are mixed in it."""
         with recorded(self):
             self._session.check()
-            known = self._model()
+            known = self._model
             if known is None or not known.is_like(model):
                 self._check_new(known, model)
+                # The other variables may be in this model, too.
+                self.settle()
                 self._start(model)
             elif self._is_void:
                 self._start(model)
-            self._model = weakref.ref(model)
+            self._last = model
             due = np.bool_(self.run % self._period == 0)
             self.run += 1
             self._is_behind = True
@@ -126,7 +129,7 @@ class FreeRuns:
 
     def refresh(self) -> None:
         """As `settle`, also if only other workers have trained since."""
-        model = self._model()
+        model = self._model
         if model is None or self._is_void or self.error is not None or self._session.has_failed:
             return
         self._is_behind = False
@@ -190,6 +193,11 @@ class FreeRuns:
 
     # How.
 
+    @property
+    def _model(self) -> MixedModel | None:
+        """What was trained last, unless the program has thrown it away."""
+        return self._last if self._last is not None and self._last.is_alive else None
+
     def _check_new(self, known: MixedModel | None, model: MixedModel) -> None:
         """Takes note of another set of variables.
 
@@ -197,9 +205,8 @@ class FreeRuns:
             ValueError: If the program goes to and fro between two of them.
         """
         if known is not None:
-            self._former.append(weakref.ref(known))
-        before = [m for m in (ref() for ref in self._former) if m is not None]
-        if self._key is not None and any(m.is_like(model) for m in before):
+            self._former = [m for m in (*self._former, known) if m.is_alive]
+        if self._key is not None and any(m.is_like(model) for m in self._former):
             if self._key[0] == self._fit():
                 names = ", ".join(name for name, _, _ in model.specs[:3])
                 raise ValueError(
@@ -212,7 +219,7 @@ class FreeRuns:
     def _start(self, model: MixedModel) -> None:
         fit = self._fit()
         again = self._key is not None and self._key[0] == fit
-        self._key = (fit, self._key[1] + 1 if again else 0)
-        values = self._exchanger.start(model.specs, model.read_common(), self._key)
+        key = (fit, self._key[1] + 1 if again else 0)
+        values, self._key = self._exchanger.start(model.specs, model.read_common(), key)
         model.assign(values, own=True)
         self._is_void = False

@@ -55,6 +55,7 @@ class FreeStrategy(MixingStrategy):
             )
         options.check(None, session_options["transport"], None, 0, 0)
         options.check_limit(session_options["limit_gbps"])
+        self._period = period
         self._session_options = session_options
         self._given: list[tf.Tensor] = []
         super().__init__(cluster_resolver, print_report=print_report, **credentials)
@@ -66,13 +67,15 @@ class FreeStrategy(MixingStrategy):
                 "CUDA_VISIBLE_DEVICES, for instance), or use ModelAveragingStrategy."
             )
         if self._member is not None:
-            self._begin(period)
+            self._begin()
 
-    def _begin(self, period: int) -> None:
+    def _begin(self) -> None:
         session = self._member.session
         self._exchanger = self._make_exchanger()
         self._stopping = OwnStopping()
-        self._free = FreeRuns(session, self._exchanger, period, lambda: self._stopping.fit, say)
+        self._free = FreeRuns(
+            session, self._exchanger, self._period, lambda: self._stopping.fit, say
+        )
         self._controller = self._free
         self._epochs = NoEpochs()
         self._seeds = Seeds(self._registry, self.worker_index)
@@ -91,6 +94,10 @@ class FreeStrategy(MixingStrategy):
         """Returns the address at which this worker serves its model; empty if it does not."""
         del credentials
         return ""
+
+    def _described(self) -> str:
+        """Returns the strategy with what all workers must give it alike."""
+        return f"{type(self).__name__}(period={self._period})"
 
     def _make_exchanger(self) -> Exchanger:
         """Returns what mixes models."""
@@ -115,6 +122,7 @@ class FreeStrategy(MixingStrategy):
             propagation=serialize_propagation(FifoPropagation()),
             centre=self._centre(),
             serves=self._serves(credentials),
+            strategy=self._described(),
             **{**given, "limit_gbps": given["limit_gbps"] or 0.0},
         )
 
@@ -175,6 +183,11 @@ class FreeStrategy(MixingStrategy):
         if self._member is not None and tf.executing_eagerly() and self._is_mixed(variable):
             self._free.settle()
 
+    def _before_look(self) -> None:
+        # As before evaluate: others may have trained since this worker's last run.
+        if self._member is not None and tf.executing_eagerly():
+            self._free.refresh()
+
     def _after_outside_write(self, variable: tf.Variable) -> None:
         super()._after_outside_write(variable)
         if self._member is not None and self._is_mixed(variable):
@@ -211,9 +224,9 @@ class FreeStrategy(MixingStrategy):
     def _epoch_of_chief(self, epoch: int | None) -> int | None:
         return epoch
 
-    def _watch(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+    def _watch(self, dataset: tf.data.Dataset) -> tuple[tf.data.Dataset, int]:
         # Each worker's input ends where it ends.
-        return dataset
+        return dataset, self._learners.count
 
     def _begin_input(self) -> None:
         pass
@@ -224,8 +237,10 @@ class FreeStrategy(MixingStrategy):
     def synchronize(self) -> None:
         """Lets everything outside of training see what all workers have come to now.
 
-        `fit`, evaluate and predict do it by themselves. For custom loops, before variables are read
-        in a tf.function. Nobody waits for anybody.
+        fit, evaluate, predict, save and get_weights of a model do it by themselves. Variables that
+        are read otherwise, as by `tf.train.Checkpoint`, are fetched if this worker has trained
+        since it saw them last; call this first if others may have, too, or if they are read in a
+        tf.function. Nobody waits for anybody.
         """
         if self._member is not None:
             self._free.refresh()

@@ -1,6 +1,7 @@
 """Gossip: workers average their models with those of partners that they draw at random."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any
 
 import tensorflow as tf
@@ -159,12 +160,15 @@ class GossipStrategy(FreeStrategy):
         if exchanger is not None:
             exchanger.heard(worker)
 
+    def _described(self) -> str:
+        return f"{type(self).__name__}(mode={self._mode!r}, period={self._period})"
+
     def _make_exchanger(self) -> GossipExchanger:
         return GossipExchanger(
             self._mode,
             self._member.session,
             self._server,
-            None if self._partners == "uniform" else self._partners,
+            None if _is_uniform(self._partners) else self._partners,
             self._partner_timeout,
             say,
         )
@@ -177,11 +181,16 @@ class GossipStrategy(FreeStrategy):
         return found
 
 
+def _is_uniform(partners: str | Sequence[int]) -> bool:
+    return isinstance(partners, str) and partners == "uniform"
+
+
 def _check_partners(partners: str | Sequence[int], worker: int, num_workers: int) -> None:
-    if partners == "uniform":
+    if _is_uniform(partners):
         return
-    indices = [] if isinstance(partners, str) else list(partners)
-    known = all(isinstance(i, int) and 0 <= i < num_workers for i in indices)
+    is_list = isinstance(partners, Iterable) and not isinstance(partners, str)
+    indices = list(partners) if is_list else []
+    known = all(isinstance(i, Integral) and 0 <= i < num_workers for i in indices)
     if not indices or not known:
         raise ValueError(
             f'`partners` must be "uniform", or a list of workers from 0 to {num_workers - 1}. '

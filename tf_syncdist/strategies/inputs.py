@@ -11,7 +11,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from tf_syncdist.strategies import adapter
+from tf_syncdist.strategies import adapter, iterators
 
 # AutoGraph takes a fifth of a second for these functions, and would find nothing to convert.
 as_it_is = tf.autograph.experimental.do_not_convert
@@ -144,13 +144,15 @@ class WorkerDataset(tf.distribute.DistributedDataset):
 
     Args:
         dataset: The worker's share; with several devices its batches are PerReplica values.
-        each: How many batches an iteration has, of a dataset without end; each goes on where the
+        each: How many runs an iteration is for, of a dataset without end; each goes on where the
             last one ended. `None` if every iteration is a new one.
         builds: Whether Keras looks at a first batch to build the model, before it trains.
         on_iter: Called where an iteration begins.
         batches_per_epoch: How many batches Keras is to announce, if not as many as the user's
             dataset has.
         spec: What a batch of one replica is like, if batches are PerReplica values.
+        parts: How many batches of the dataset a run takes, as PerReplica values.
+        batches_per_run: How many of the user's batches make one of all workers.
     """
 
     def __init__(
@@ -161,14 +163,18 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         on_iter: Callable[[], None],
         batches_per_epoch: int | None = None,
         spec: Any = None,
+        parts: int = 1,
+        batches_per_run: int = 1,
     ) -> None:
         self.batches_per_epoch = batches_per_epoch
+        self.batches_per_run = batches_per_run
         self._spec = spec
         self._dataset = dataset
         self._each = each
         self._builds = builds
         self._on_iter = on_iter
-        self._part: tf.data.Dataset | None = None
+        self._parts = parts
+        self._now: iterators.WorkerIterator | None = None
 
     def __iter__(self) -> Any:
         self._on_iter()
@@ -181,20 +187,22 @@ class WorkerDataset(tf.distribute.DistributedDataset):
                 return iter([spec])
             return iter(self._dataset)
         if self._each is None:
-            return iter(self._dataset)
-        if self._part is None:
-            whole = iter(self._dataset)
-            self._part = tf.data.Dataset.range(self._each).map(as_it_is(lambda _: whole.get_next()))
-        return iter(self._part)
+            found = iter(self._dataset)
+            return found if self._parts == 1 else iterators.WorkerIterator(found, None, self._parts)
+        if self._now is None:
+            self._now = iterators.WorkerIterator(iter(self._dataset), None, self._parts)
+        self._now = self._now.from_here(self._each)
+        return self._now
 
     @property
     def element_spec(self) -> Any:
         """The specification of a batch."""
-        return self._dataset.element_spec
+        return iterators.parted(self._dataset.element_spec, self._parts)
 
     def cardinality(self) -> tf.Tensor:
         """Returns how many batches there are."""
-        return self._dataset.cardinality()
+        found = self._dataset.cardinality()
+        return found if self._parts == 1 else tf.where(found > 0, found // self._parts, found)
 
     def reduce(self, initial_state: Any, reduce_func: Callable) -> Any:
         """Reduces the dataset; a loop over it in a tf.function becomes this."""

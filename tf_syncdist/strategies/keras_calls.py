@@ -21,6 +21,8 @@ from tf_syncdist.strategies.stopping import Stopping
 
 _METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
 TRAINING = ("fit", "train_on_batch")
+# Methods that look at a whole model, and say so to strategies that have something to fetch.
+_LOOKING = ("get_weights", "save", "save_weights", "export")
 _WITH_PROGRESS_BAR = ("fit", "evaluate", "predict")
 
 
@@ -87,6 +89,12 @@ def install(strategy: tf.distribute.Strategy) -> None:
             wrapped = _wrap(original, method)
             wrapped._tf_syncdist = True
             setattr(keras.Model, method, wrapped)
+    for method in _LOOKING:
+        original = getattr(keras.Model, method)
+        if not hasattr(original, "_tf_syncdist"):
+            wrapped = _wrap_look(original)
+            wrapped._tf_syncdist = True
+            setattr(keras.Model, method, wrapped)
     if not isinstance(inspect.getattr_static(keras.Model, "stop_training", None), _StopTraining):
         keras.Model.stop_training = _StopTraining()
 
@@ -108,6 +116,17 @@ def _wrap(original: Callable, method: str) -> Callable:
             return original(self, *args, **kwargs)  # It says itself what is wrong.
         with handler(method, self, bound.arguments):
             return original(*bound.args, **bound.kwargs)
+
+    return call
+
+
+def _wrap_look(original: Callable) -> Callable:
+    @functools.wraps(original)
+    def call(self: keras.Model, *args: Any, **kwargs: Any) -> Any:
+        look = getattr(self.distribute_strategy, "_before_look", None)
+        if look is not None:
+            look()
+        return original(self, *args, **kwargs)
 
     return call
 

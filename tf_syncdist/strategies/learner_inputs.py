@@ -6,7 +6,7 @@ B / k runs with k learners in all, rounded up: the learners that have no batch o
 last run go on with the next pass over the data.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -17,16 +17,16 @@ class Share(NamedTuple):
     """What one worker reads.
 
     Args:
-        dataset: One element for each run; with several learners PerReplica values.
+        dataset: The batches of its learners, one after the other.
         runs: How many runs an epoch has; `None` if nobody knows.
         ends: Whether the dataset comes to an end, so that workers have to agree on where.
-        spec: What a learner's batch is like.
+        batches_per_run: How many of the dataset's batches a run of all workers takes.
     """
 
     dataset: tf.data.Dataset
     runs: int | None
     ends: bool
-    spec: Any
+    batches_per_run: int
 
 
 def share(
@@ -35,7 +35,6 @@ def share(
     worker: int,
     num_workers: int,
     batches: int | None = None,
-    batch_size: int | None = None,
 ) -> Share:
     """Returns one worker's share of a batched dataset.
 
@@ -49,13 +48,10 @@ def share(
         worker: Index of this worker.
         num_workers: How many workers there are.
         batches: How many batches it has, if it does not tell.
-        batch_size: Their size, if it does not tell.
     """
     count = int(dataset.cardinality()) if batches is None else batches
     sharers = num_workers
     policy = dataset.options().experimental_distribute.auto_shard_policy
-    if batch_size is None:
-        batch_size = adapter.static_batch_size(dataset) if learners > 1 else None
     repeats = count >= 0
     if policy is tf.data.experimental.AutoShardPolicy.OFF:
         sharers = 1
@@ -67,39 +63,6 @@ def share(
         repeats = False
     if repeats:
         dataset = dataset.repeat()
-    spec = dataset.element_spec
     runs = -(-count // (sharers * learners)) if count >= 0 else None
     ends = count == tf.data.UNKNOWN_CARDINALITY
-    if learners > 1:
-        if batch_size is not None and not ends and _stacks(spec):
-            dataset = _stacked(dataset, learners, batch_size)
-        else:
-            dataset = inputs.group(dataset, learners)
-    return Share(dataset.prefetch(2), runs, ends, spec)
-
-
-def _stacks(spec: Any) -> bool:
-    """Returns whether batches can be put one behind the other."""
-    return all(
-        isinstance(s, tf.TensorSpec) and s.shape.rank and s.shape[1:].is_fully_defined()
-        for s in tf.nest.flatten(spec)
-    )
-
-
-def _stacked(dataset: tf.data.Dataset, learners: int, size: int) -> tf.data.Dataset:
-    """Takes the batches of all learners at once, which is much faster than one by one."""
-
-    def cut(*stacked: Any) -> Any:
-        whole = stacked[0] if len(stacked) == 1 else stacked
-
-        def piece(number: int) -> Any:
-            def of(tensor: tf.Tensor) -> tf.Tensor:
-                part = tensor[number * size : (number + 1) * size]
-                part.set_shape([size, *tensor.shape[1:]])
-                return part
-
-            return tf.nest.map_structure(of, whole)
-
-        return adapter.per_replica([piece(n) for n in range(learners)])
-
-    return dataset.rebatch(learners * size, drop_remainder=True).map(cut)
+    return Share(dataset.prefetch(2 * learners), runs, ends, sharers * learners)

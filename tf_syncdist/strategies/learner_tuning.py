@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_syncdist.mixing import tuning
-from tf_syncdist.strategies import adapter, learner_inputs
+from tf_syncdist.strategies import adapter, iterators
 from tf_syncdist.strategies.learner_runs import LearnerRuns
 from tf_syncdist.strategies.learners import Learners
 from tf_syncdist.strategies.lifetime import say
@@ -90,7 +90,7 @@ def _runs_per_second(
     model: keras.Model, batch: Any, learners: int, clock: Callable[[], float]
 ) -> float:
     same = tf.data.Dataset.from_tensors(batch).repeat()
-    iterator = iter(learner_inputs.share(same, learners, 0, 1).dataset)
+    iterator = iterators.WorkerIterator(iter(same.prefetch(2 * learners)), None, learners)
     steps = model.steps_per_execution
     for _ in range(2):
         model.train_function(iterator)

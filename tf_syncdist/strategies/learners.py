@@ -51,6 +51,8 @@ def sorted_out(function: Any, updates: Updates, registry: vars_lib.VariableRegis
     written = registry.containers([v for v in function.graph.variables if counts[id(v)]])
     trained_ids = {id(v) for _, variables in updates for v in variables}
     owned_ids = {id(v.value) for optimizer, _ in updates for v in optimizer.variables}
+    # Averages of models over time become the model at the end of a fit.
+    owned_ids -= {id(v.value) for optimizer, _ in updates for v in adapter.averages_of(optimizer)}
     step = LearnerStep(function, updates, [], [], [], [])
     for variable in written:
         if adapter.is_sync_on_read(variable):
@@ -139,18 +141,27 @@ class Learners:
 
     def distances(self) -> list[float]:
         """Returns how far each learner is from the central model, in lengths of that."""
-        found = []
-        for number in range(self.count):
-            apart = whole = 0.0
-            for ref, copies in self._copies.values():
-                variable = ref()
-                if variable is None or not variable.trainable:
-                    continue
-                model = adapter.components(variable)[0].numpy().astype(np.float64)
-                apart += np.sum((copies[number].numpy() - model) ** 2)
-                whole += np.sum(model**2)
-            found.append(math.sqrt(apart / whole) if whole else 0.0)
-        return found
+        squares, length, _ = self._squares()
+        return [math.sqrt(s / length) if length else 0.0 for s in squares]
+
+    def distance(self) -> float | None:
+        """Returns the root mean square of all learners' differences from the central model."""
+        squares, _, size = self._squares()
+        return math.sqrt(sum(squares) / (size * self.count)) if size else None
+
+    def _squares(self) -> tuple[list[float], float, int]:
+        """Returns the squares of learners' distances and of the central model, and its size."""
+        apart, length, size = [0.0] * self.count, 0.0, 0
+        for ref, copies in self._copies.values():
+            variable = ref()
+            if variable is None or not variable.trainable:
+                continue
+            model = adapter.components(variable)[0].numpy().astype(np.float64)
+            length += float(np.sum(model**2))
+            size += model.size
+            for number, copy in enumerate(copies):
+                apart[number] += float(np.sum((copy.numpy() - model) ** 2))
+        return apart, length, size
 
     def restart(self, variables: Iterable[tf.Variable] | None = None) -> None:
         """Gives every learner the values of the program's own variables, outside of a graph.

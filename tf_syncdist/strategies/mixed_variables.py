@@ -3,6 +3,7 @@
 On the wire they are float32, or float64 if they are that wide.
 """
 
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,39 +18,50 @@ from tf_syncdist.transport.states import Spec
 class MixedVariables:
     """What is mixed of one training function: what it trains, and batch statistics.
 
+    It may outlive the function, and does not keep its variables.
+
     Args:
         step: The function.
+
+    Attributes:
+        specs: Name, dtype on the wire and shape of each.
     """
 
     def __init__(self, step: Step) -> None:
-        self._common = [*step.trained, *step.statistics]
-        self._own = step.learner(0, self._common)
-        self._names = _names(step.updates)
-
-    @property
-    def specs(self) -> list[Spec]:
-        """Name, dtype on the wire and shape of each."""
-        return [
+        common = [*step.trained, *step.statistics]
+        names = _names(step.updates)
+        self.specs: list[Spec] = [
             (
-                self._names.get(id(v), v.name.split(":")[0]),
+                names.get(id(v), v.name.split(":")[0]),
                 wire_dtype(v).name,
                 tuple(v.shape.as_list()),
             )
-            for v in self._common
+            for v in common
         ]
+        self._refs = [weakref.ref(v) for v in common]
+        self._own_refs = [weakref.ref(v) for v in step.learner(0, common)]
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the variables are still there."""
+        return all(ref() is not None for ref in (*self._refs, *self._own_refs))
 
     @property
     def own(self) -> list[tf.Variable]:
         """What this worker trains with."""
-        return self._own
+        return [ref() for ref in self._own_refs]
 
     def is_like(self, other: "MixedVariables") -> bool:
         """Returns whether it is about the same variables."""
         return [id(v) for v in self._common] == [id(v) for v in other._common]
 
+    @property
+    def _common(self) -> list[tf.Variable]:
+        return [ref() for ref in self._refs]
+
     def read_own(self) -> list[np.ndarray]:
         """Returns the values with which this worker trains, as flat arrays."""
-        return [_flat(v) for v in self._own]
+        return [_flat(v) for v in self.own]
 
     def read_common(self) -> list[np.ndarray]:
         """Returns the values that everything outside of training sees, as flat arrays."""
@@ -62,7 +74,7 @@ class MixedVariables:
             values: Flat arrays.
             own: Whether this worker goes on from them, too.
         """
-        for variable, copy, value in zip(self._common, self._own, values, strict=True):
+        for variable, copy, value in zip(self._common, self.own, values, strict=True):
             shaped = tf.cast(value.reshape(variable.shape), variable.dtype)
             # A component says nothing to those who watch what the program writes.
             adapter.components(variable)[0].assign(shaped)

@@ -36,8 +36,10 @@ class MixingState(CommonState):
         return super().unsynchronised(site)
 
     def assign_new(self, values: Sequence[np.ndarray]) -> None:
+        new = self._new
         super().assign_new(values)
-        self._learners.restart()
+        # Learners of another model, which is not new, stay where they are.
+        self._learners.restart(new)
 
     def assign(self, values: Sequence[np.ndarray]) -> None:
         super().assign(values)

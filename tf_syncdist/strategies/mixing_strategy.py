@@ -270,24 +270,38 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
             self.worker_index,
             self.num_workers,
             batches=call.batches if arrays else None,
-            batch_size=call.batch_size if arrays else None,
         )
-        found = self._watch(mine.dataset) if mine.ends else mine.dataset
+        found, parts, spec = mine.dataset, self._learners.count, mine.dataset.element_spec
+        if mine.ends:
+            found, parts = self._watch(found)
         if call is None:
             if mine.runs is not None:
-                found = found.take(mine.runs)
-            return inputs.WorkerDataset(found, None, False, self._begin_input)
+                found = found.take(mine.runs * parts)
+            return inputs.WorkerDataset(found, None, False, self._begin_input, parts=parts)
         builds = adapter.builds_from_input(call.model)
         return inputs.WorkerDataset(
-            found, mine.runs, builds, self._begin_input, mine.runs, mine.spec
+            found,
+            mine.runs,
+            builds,
+            self._begin_input,
+            mine.runs,
+            spec,
+            parts,
+            mine.batches_per_run,
         )
 
-    def _watch(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """Lets workers agree on where input of unknown length ends."""
+    def _watch(self, dataset: tf.data.Dataset) -> tuple[tf.data.Dataset, int]:
+        """Lets workers agree on where input of unknown length ends.
+
+        Returns:
+            A dataset, and how many elements of it a run takes.
+        """
         if self._member is None:
-            return dataset
+            return dataset, self._learners.count
+        # They agree on runs.
+        dataset = inputs.group(dataset, self._learners.count)
         source = Source(self._member.session, self._controller, True, alike=False, skips=False)
-        return source.watch(dataset)
+        return source.watch(dataset), 1
 
     def distribute_datasets_from_function(
         self,
@@ -306,10 +320,10 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
             return super().distribute_datasets_from_function(dataset_fn, options)
         dataset = dataset_fn(tf.distribute.InputContext(self.num_workers, self.worker_index, 1))
         ends = int(dataset.cardinality()) != tf.data.INFINITE_CARDINALITY
-        dataset = inputs.group(dataset, self._learners.count)
+        parts = self._learners.count
         if ends:
-            dataset = self._watch(dataset)
-        return inputs.WorkerDataset(dataset, None, False, self._begin_input)
+            dataset, parts = self._watch(dataset)
+        return inputs.WorkerDataset(dataset, None, False, self._begin_input, parts=parts)
 
     def _begin_input(self) -> None:
         if self._member is not None:

@@ -1,5 +1,6 @@
 """Synchronous model averaging, as a tf.distribute strategy."""
 
+import numbers
 import warnings
 from typing import Any
 
@@ -7,6 +8,7 @@ import tensorflow as tf
 
 from tf_syncdist.cutoff import FullSync, serialize
 from tf_syncdist.mixing import averaging
+from tf_syncdist.observability.mixing_reports import MixingReport, averaging_report
 from tf_syncdist.propagation import FifoPropagation
 from tf_syncdist.propagation import serialize as serialize_propagation
 from tf_syncdist.propagation.policies import cutter
@@ -153,6 +155,7 @@ class ModelAveragingStrategy(MixingStrategy):
             addresses = self._role.service_addresses
             cut = cutter(FifoPropagation(), None, len(addresses), self.num_workers)
             self._take_part(MixingState(self._registry, self._learners), cut)
+            self._member.attach(self._controller, self.report)
 
     def _session_config(self, credentials: Credentials) -> SessionConfig:
         role = self._role
@@ -173,6 +176,7 @@ class ModelAveragingStrategy(MixingStrategy):
             address=role.address,
             credentials=credentials,
             propagation=serialize_propagation(FifoPropagation()),
+            strategy=type(self).__name__,
             **self._options,
         )
 
@@ -265,7 +269,30 @@ class ModelAveragingStrategy(MixingStrategy):
 
     def _owned(self, site: Site) -> list[tf.Variable]:
         own = [self._run_number, *self._moves.all(), *self._highest_rates.all()]
-        return super()._owned(site) + own
+        averages = {id(v.value) for o, _ in site.updates for v in adapter.averages_of(o)}
+        return [v for v in super()._owned(site) if id(v) not in averages] + own
+
+    # Reports.
+
+    def report(self) -> MixingReport:
+        """Returns how often learners were averaged, and how far they are from the central model.
+
+        Printed, it is a few plain lines. No learner is stale: every run waits for all workers.
+
+        Returns:
+            A `tf_syncdist.observability.mixing_reports.MixingReport`.
+        """
+        rounds = super().report()
+        done = int(adapter.components(self._run_number)[0].numpy())
+        return averaging_report(
+            self.worker_index,
+            self.num_workers,
+            rounds.rounds if self._is_alone else done,
+            0 if self._is_alone else -(-done // self._period),
+            self._learners.distance(),
+            tuple(self.distances()),
+            rounds,
+        )
 
     # Keras.
 
@@ -274,28 +301,35 @@ class ModelAveragingStrategy(MixingStrategy):
             return
         self._tunes = False
         tune(self._runs, self._learners, call.model, dataset, call.batch_size)
+        self._warn_if_unstable()
 
 
-def _check(
-    learners: int | str, correction: float | None, central_momentum: float, period: int
-) -> None:
-    if learners != "auto" and (not isinstance(learners, int) or learners < 1):
+def _check(learners: Any, correction: Any, central_momentum: Any, period: Any) -> None:
+    if learners != "auto" and not _is_count(learners):
         raise ValueError(
             '`learners_per_device` must be a number from 1, or "auto". '
             f"Received: learners_per_device={learners!r}."
         )
-    if correction is not None and not 0 < correction < float("inf"):
+    if correction is not None and not (_is_real(correction) and 0 < correction < float("inf")):
         raise ValueError(
             "`correction` must be above 0, since learners that are not corrected have nothing to "
-            f"do with one another. Received: correction={correction}. Leave it out for 1 / k."
+            f"do with one another. Received: correction={correction!r}. Leave it out for 1 / k."
         )
-    if not 0 <= central_momentum < 1:
+    if not (_is_real(central_momentum) and 0 <= central_momentum < 1):
         raise ValueError(
             "`central_momentum` must be from 0 to below 1, or the central model never comes to "
-            f"rest. Received: central_momentum={central_momentum}. Leave it out for 0.9."
+            f"rest. Received: central_momentum={central_momentum!r}. Leave it out for 0.9."
         )
-    if not isinstance(period, int) or period < 1:
+    if not _is_count(period):
         raise ValueError(
             "`period` must be a number of runs from 1. "
             f"Received: period={period!r}. Use 1 to average after every run."
         )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

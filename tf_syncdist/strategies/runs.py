@@ -74,8 +74,10 @@ class Runs(Hooks):
 
     def count_alone(self) -> None:
         """Counts a run of a worker without service."""
-        now = tf.timestamp()
         self.token.assign_add(1, read_value=False)
+        if adapter.is_compiled():
+            return
+        now = tf.timestamp()
         self._ends.assign([tf.where(self._ends[0] > 0, self._ends[0], now), now])
 
     def forget_count(self) -> None:

@@ -210,6 +210,7 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
                 runs_ahead=int(isinstance(propagation, PriorityPropagation)),
                 limit_gbps=limit_gbps or 0.0,
                 timeline=options.timeline(timeline, role),
+                strategy=type(self).__name__,
             )
             self._member = Membership(role, config, print_report, trace)
         self._registry = VariableRegistry()

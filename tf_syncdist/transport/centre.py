@@ -85,6 +85,8 @@ class CentreExchanging(Link):
         # The newest centre that this worker has, and the version of each slice; None: never had.
         self._centre: list[np.ndarray] = []
         self._centre_versions: list[list[int | None]] = [[] for _ in range(shards)]
+        # Of what this worker trains with. It may look at the centre without going on from it.
+        self._own_versions: list[list[int]] = [[] for _ in range(shards)]
         self._centre_there = [False] * shards
         self._centre_error = ""
         self._conversation: _Conversation | None = None
@@ -125,6 +127,7 @@ class CentreExchanging(Link):
             self._centre_plan = plan
             self._centre = [np.array(v).reshape(-1) for v in values]
             self._centre_versions = [[None] * n for n in plan.num_slices]
+            self._own_versions = [[0] * n for n in plan.num_slices]
             self._centre_there = [False] * len(self._connections)
             for shard in range(len(self._connections)):
                 self._send_open(shard)
@@ -136,11 +139,18 @@ class CentreExchanging(Link):
             if self._centre_error:
                 raise ModelMismatchError(self._centre_error)
             key, self._centre_joins = self._centre_key, False
-        return self.read_centre(), key
+        return self.read_centre(goes_on_from_it=True), key
 
-    def read_centre(self) -> list[np.ndarray]:
-        """Returns what the centre holds now, as flat arrays that the next call overwrites."""
+    def read_centre(self, goes_on_from_it: bool = False) -> list[np.ndarray]:
+        """Returns what the centre holds now, as flat arrays that the next call overwrites.
+
+        Args:
+            goes_on_from_it: Whether this worker trains with it from now on. If it only looks, what
+                it mixes next is as stale as if it had not.
+        """
         self._converse(pb.CENTRE_READ, None)
+        if goes_on_from_it:
+            self._go_on_from_centre()
         return self._centre
 
     def mix(self, values: Sequence[np.ndarray]) -> tuple[list[np.ndarray], Mixed]:
@@ -154,9 +164,13 @@ class CentreExchanging(Link):
             became of the values.
         """
         mixed = self._converse(pb.CENTRE_MIX, values)
+        self._go_on_from_centre()
         return self._centre, mixed
 
     # How.
+
+    def _go_on_from_centre(self) -> None:
+        self._own_versions = [[v or 0 for v in versions] for versions in self._centre_versions]
 
     def _converse(self, action: int, values: Sequence[np.ndarray] | None) -> Mixed:
         plan = self._centre_plan
@@ -200,8 +214,8 @@ class CentreExchanging(Link):
         """Asks a shard for as much as may be on its way."""
         plan = self._centre_plan
         while (part := talk.next(shard)) is not None:
-            version = self._centre_versions[shard][part.index]
-            header = self._centre_header(action, part, serial, version or 0)
+            version = self._own_versions[shard][part.index]
+            header = self._centre_header(action, part, serial, version)
             again = functools.partial(_message, header, part, values)
             message: Callable[[], bytes] | bytes = again
             lent = None

@@ -19,6 +19,8 @@ from tf_syncdist.transport.states import Spec
 MODES = ("pull", "push")
 
 _LOOK_SECONDS = 0.05
+# Who begins has a model at once, unless it fails.
+_BEGIN_SECONDS = 5.0
 
 
 class GossipCounts(NamedTuple):
@@ -40,6 +42,22 @@ class GossipCounts(NamedTuple):
     mixed: int = 0
     staleness_sum: int = 0
     staleness_max: int = 0
+
+
+class _Found(NamedTuple):
+    """What a worker that begins has found.
+
+    Args:
+        models: What the models of its training look like.
+        model: That of the worker that is furthest in it; `None` if nobody has one.
+        is_over: Whether others have gone on to a later training than the worker's own.
+        begins: Whether a worker of lower index begins with it just now, and has no model yet.
+    """
+
+    models: ModelFormat
+    model: Model | None
+    is_over: bool
+    begins: bool
 
 
 class Gossip:
@@ -87,11 +105,15 @@ class Gossip:
         timeout_seconds: float,
         check: Callable[[], None],
         is_first: bool = True,
-    ) -> list[np.ndarray]:
-        """Returns the model with which this worker begins.
+        key: tuple[int, int] = (0, 0),
+    ) -> tuple[list[np.ndarray], tuple[int, int]]:
+        """Returns the model with which this worker begins, and which training it is of.
 
-        That is the model of the worker that is furthest, if any trains these variables already. At
-        the start of a job none does; then all begin with worker 0's, and later with their own.
+        That is the model of the worker that is furthest in this training, if any is in it. A worker
+        that comes late takes part in the latest one of its variables, whichever its own would be.
+        At the start of a job nobody has a model; then all begin with worker 0's. A later training
+        begins with the model of the worker that comes to it first; of several that come in the same
+        moment, with that of the lowest index.
 
         Args:
             variables: Name, dtype and shape of the variables.
@@ -99,17 +121,46 @@ class Gossip:
             job_seed: Names the job.
             timeout_seconds: How long to wait for worker 0.
             check: Raises an error where the wait is to end.
-            is_first: Whether this is the worker's first model. Only then it waits for worker 0, and
-                all workers must have the same variables.
+            is_first: Whether this is the worker's first model.
+            key: Which training it is; see `ModelFormat`.
 
         Raises:
             ModelMismatchError: If another worker trains other variables.
             WaitTimeoutError: If no model comes.
         """
-        models = self._models = ModelFormat(variables, job_seed, self._worker)
+        models = ModelFormat(variables, job_seed, self._worker, key)
         self._server.begin(job_seed, models)
         deadline = time.monotonic() + timeout_seconds
-        while (model := self._found(models, is_first)) is None and self._worker and is_first:
+        found = self._wait_for_model(models, is_first, deadline, timeout_seconds, check)
+        if found.models is not models:
+            self._server.begin(job_seed, found.models)
+        self._models = found.models
+        model = found.model or Model(0, values)
+        self._server.publish(model)
+        if found.model is None and not is_first:
+            # One of lower index may have begun after the look at it, and not have seen this model.
+            found = self._wait_for_model(models, False, deadline, timeout_seconds, check, True)
+            if found.model is not None:
+                model = found.model
+                self._server.publish(model)
+        return model.values, found.models.key
+
+    def _wait_for_model(
+        self,
+        models: ModelFormat,
+        is_first: bool,
+        deadline: float,
+        timeout_seconds: float,
+        check: Callable[[], None],
+        of_lower: bool = False,
+    ) -> _Found:
+        begun = time.monotonic()
+        while True:
+            found = self._found(models, is_first, of_lower)
+            waits = bool(self._worker) and is_first and found.model is None and not found.is_over
+            begins = found.begins and time.monotonic() - begun < _BEGIN_SECONDS
+            if not waits and not begins:
+                return found
             check()
             if time.monotonic() > deadline:
                 raise WaitTimeoutError(
@@ -118,9 +169,6 @@ class Gossip:
                     "worker 0's log."
                 )
             time.sleep(_LOOK_SECONDS)
-        model = model or Model(0, values)
-        self._server.publish(model)
-        return model.values
 
     def exchange(self, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
         """Returns a worker's model after it was mixed, if it was.
@@ -163,10 +211,13 @@ class Gossip:
         """
         live, done = self._look_around()
         self._server.publish(Model(step, values))
-        total = [v.astype(np.float64) for v in values]
-        count = 1
-        for worker in self._partners.present(sorted({*live, *done} - {self._worker})):
-            model = self._partners.pull(worker, self._models)
+        total = [np.zeros(v.size) for v in values]
+        count = 0
+        # In the same order on all workers, so that they see the same bits.
+        for worker in sorted(self._partners.present({*live, *done, self._worker})):
+            model = Model(step, values)
+            if worker != self._worker:
+                model = self._partners.pull(worker, self._models)
             if model is not None:
                 count += 1
                 for t, v in zip(total, model.values, strict=True):
@@ -180,22 +231,34 @@ class Gossip:
         self._partners.update({**done, **live})
         return live, done
 
-    def _found(self, models: ModelFormat, compares: bool) -> Model | None:
-        """Returns the model of the worker that is furthest, if any has one."""
+    def _found(self, models: ModelFormat, is_first: bool, of_lower: bool) -> _Found:
+        """Looks for the model of the worker that is furthest, perhaps only of those below."""
         live, _ = self._look_around()
         found = []
-        for worker in self._partners.present(sorted(set(live) - {self._worker})):
+        is_over = begins = False
+        others = (
+            w for w in sorted(live) if w < self._worker or (w > self._worker and not of_lower)
+        )
+        for worker in self._partners.present(others):
             reply = self._partners.greet(worker)
-            if reply is not None:
-                if reply.variables and compares:
-                    models.compare(reply)
-                if reply.has_model and models.is_of(reply):
-                    found.append((reply.step, worker))
-        for _, worker in sorted(found, reverse=True):
-            model = self._partners.pull(worker, models)
+            if reply is None or not reply.variables:
+                continue
+            key = (reply.fit, reply.revision)
+            if key == models.key:
+                models.compare(reply)
+            is_over = is_over or key > models.key
+            if key == models.key and worker < self._worker and not reply.has_model:
+                begins = True
+            if reply.has_model and models.has_variables_of(reply):
+                if is_first or key == models.key:
+                    found.append((key, reply.step, -worker))
+        for key, _, lower in sorted(found, reverse=True):
+            worker = -lower
+            alike = models if key == models.key else models.of_training(key)
+            model = self._partners.pull(worker, alike)
             if model is not None:
-                return model
-        return None
+                return _Found(alike, model, is_over, begins)
+        return _Found(models, None, is_over, begins)
 
     def _pull(self, partner: int, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
         model = self._partners.pull(partner, self._models)

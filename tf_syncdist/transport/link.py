@@ -216,6 +216,7 @@ class Link:
             runs_ahead=config.runs_ahead,
             centre=config.centre,
             serves=config.serves,
+            strategy=config.strategy,
         )
         welcome = self._welcomes[shard]
         if welcome is not None:

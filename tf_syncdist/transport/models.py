@@ -1,5 +1,6 @@
 """A model as workers hand it to one another: variables in a fixed cut, in messages of one step."""
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -17,6 +18,10 @@ _PART_BYTES = 2 * 2**20
 
 class Refusal(ValueError):
     """What came is no part of a model that belongs here; the text says what was expected."""
+
+
+class OtherTraining(Refusal):
+    """What came is of a training that this worker has left, or not come to yet. Nobody's fault."""
 
 
 class Model(NamedTuple):
@@ -38,14 +43,24 @@ class ModelFormat:
         variables: Name, dtype and shape of every variable.
         job_seed: Names the job.
         worker: The worker whose models are written.
+        key: Which training they are of: the fit in which it began, and how often the program has
+            written the variables itself in it. Those of different trainings are not mixed.
 
     Attributes:
+        key: That.
         nbytes: Size of a model.
         layout: Fingerprint of the variables and the cut.
         specs: The variables.
     """
 
-    def __init__(self, variables: Sequence[Spec], job_seed: int, worker: int) -> None:
+    def __init__(
+        self,
+        variables: Sequence[Spec],
+        job_seed: int,
+        worker: int,
+        key: tuple[int, int] = (0, 0),
+    ) -> None:
+        self.key = key
         way = plan([TensorSpec(d, tuple(s)) for _, d, s in variables], _PART_BYTES, 1)
         self.specs = [pb.PeerVariable(name=n, dtype=d, shape=s) for n, d, s in variables]
         self.nbytes = sum(part.nbytes for part in way.slices)
@@ -55,9 +70,22 @@ class ModelFormat:
         self._job_seed = job_seed
         self._worker = worker
 
+    def of_training(self, key: tuple[int, int]) -> "ModelFormat":
+        """Returns how the models of another training with the same variables look."""
+        other = copy.copy(self)
+        other.key = key
+        return other
+
     def pull_request(self) -> bytes:
         """Returns the request for another worker's model."""
-        request = pb.PullRequest(job_seed=self._job_seed, worker=self._worker, layout=self.layout)
+        fit, revision = self.key
+        request = pb.PullRequest(
+            job_seed=self._job_seed,
+            worker=self._worker,
+            layout=self.layout,
+            fit=fit,
+            revision=revision,
+        )
         return wire.encode(pb.ToPeer(pull=request))
 
     def write(self, model: Model) -> tuple[bytes, ...]:
@@ -73,6 +101,8 @@ class ModelFormat:
                 step=model.step,
                 part=part.index,
                 num_parts=len(self._parts),
+                fit=self.key[0],
+                revision=self.key[1],
             )
             messages.append(frame.seal(pb.ToPeer(part=header)))
         return tuple(messages)
@@ -85,6 +115,7 @@ class ModelFormat:
             worker: Whose model it must be; anybody's by default.
 
         Raises:
+            OtherTraining: If they are of another training.
             Refusal: If they are not a whole model of one step.
         """
         values = [np.empty(n, d) for n, d in self._tensors]
@@ -98,7 +129,7 @@ class ModelFormat:
             if header.WhichOneof("body") != "part":
                 raise Refusal("Expected a part of a model. Received: another message.")
             one = header.part
-            self.check(one.job_seed, one.layout, one.worker)
+            self.check(one)
             first = first or one
             of_one = (first.worker, first.step) == (one.worker, one.step)
             in_turn = one.part == count < one.num_parts == len(self._parts)
@@ -124,24 +155,30 @@ class ModelFormat:
             )
         return Model(first.step if first is not None else 0, values)
 
-    def check(self, job_seed: int, layout: int, worker: int) -> None:
-        """Checks that what another worker says is about models of this job.
+    def check(self, said: pb.PullRequest | pb.ModelPart) -> None:
+        """Checks that what another worker says is about models of this training.
 
         Raises:
-            Refusal: If not.
+            OtherTraining: If it is about another training.
+            Refusal: If it is about no models like these.
         """
-        if job_seed != self._job_seed:
+        if said.job_seed != self._job_seed:
             raise Refusal(
-                f"Expected a worker of the same job. Received: worker {worker} of another one. "
-                "End what is left of the other job."
+                f"Expected a worker of the same job. Received: worker {said.worker} of another "
+                "one. End what is left of the other job."
             )
-        if layout != self.layout:
+        if (said.fit, said.revision) != self.key:
+            raise OtherTraining(
+                f"Expected a model of the training that began in fit {self.key[0]}. Received: one "
+                f"of fit {said.fit} from worker {said.worker}."
+            )
+        if said.layout != self.layout:
             raise Refusal(
                 "Expected models with the same variables. Received: other variables, from worker "
-                f"{worker}. Build the same model on every worker."
+                f"{said.worker}. Build the same model on every worker."
             )
 
-    def is_of(self, reply: pb.GreetReply) -> bool:
+    def has_variables_of(self, reply: pb.GreetReply) -> bool:
         """Returns whether another worker has the same variables."""
         return [_described(v) for v in self.specs] == [_described(v) for v in reply.variables]
 

@@ -12,7 +12,7 @@ import grpc
 from tf_syncdist.proto import tf_syncdist_peers_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
-from tf_syncdist.transport.models import Model, ModelFormat, Refusal
+from tf_syncdist.transport.models import Model, ModelFormat, OtherTraining, Refusal
 
 _GREET_SECONDS = 1.0
 # Besides, a model may take as long as if a second brought so many bytes of it.
@@ -94,7 +94,7 @@ class Partners:
         return [w for w in workers if w in there]
 
     def pull(self, worker: int, models: ModelFormat) -> Model | None:
-        """Returns another worker's model; `None` if it has none yet, or does not answer.
+        """Returns another worker's model; `None` if it has none of this training, or is silent.
 
         Args:
             worker: The other worker.
@@ -158,6 +158,8 @@ class Partners:
             if channel is None:
                 return None
             return call(channel, self._timeout + nbytes / _LEAST_BYTES_PER_SECOND)
+        except OtherTraining:
+            pass
         except Refusal as e:
             self._give_up(worker, str(e))
         except (grpc.FutureCancelledError, grpc.FutureTimeoutError) as e:

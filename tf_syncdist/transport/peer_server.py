@@ -17,7 +17,7 @@ from tf_syncdist.proto import tf_syncdist_peers_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
 from tf_syncdist.transport.guards import CallGuard, Refusals
-from tf_syncdist.transport.models import Model, ModelFormat, Refusal
+from tf_syncdist.transport.models import Model, ModelFormat, OtherTraining, Refusal
 from tf_syncdist.transport.server_threads import ServerThreads
 
 # A call holds a thread. More of them wait for one, and more than that are refused.
@@ -128,10 +128,15 @@ class PeerServer:
         return self._refusals.counts()
 
     def begin(self, job_seed: int, models: ModelFormat) -> None:
-        """Names the job, and what the models look like; calls are answered from then on."""
+        """Names the job, and what the models look like; calls are answered from then on.
+
+        What was shown and handed over before is of another training, and forgotten.
+        """
         with self._lock:
             self._job_seed = job_seed
             self._format = models
+            self._step, self._published = 0, None
+            self._pushed = Pushed([], 0)
 
     def publish(self, model: Model) -> tuple[bytes, ...]:
         """Shows a model from now on, in place of the one before.
@@ -177,8 +182,14 @@ class PeerServer:
                 "one. End what is left of the other job.",
             )
         self._on_heard(greeting.worker)
+        fit, revision = models.key
         return pb.GreetReply(
-            worker=self._worker, has_model=has_model, step=step, variables=models.specs
+            worker=self._worker,
+            has_model=has_model,
+            step=step,
+            variables=models.specs,
+            fit=fit,
+            revision=revision,
         )
 
     def _pull(self, request: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:
@@ -190,12 +201,14 @@ class PeerServer:
             if header.WhichOneof("body") != "pull":
                 raise Refusal("Expected a PullRequest. Received: another message.")
             asked = header.pull
-            models.check(asked.job_seed, asked.layout, asked.worker)
+            models.check(asked)
+        except OtherTraining:
+            return
         except (wire.WireError, Refusal) as e:
             self._refuse(context, str(e))
         self._on_heard(asked.worker)
         with self._lock:
-            parts = self._published
+            parts = self._published if self._format is models else None
         yield from parts or ()
 
     def _push(self, requests: Iterator[bytes], context: grpc.ServicerContext) -> pb.PushReply:
@@ -206,16 +219,21 @@ class PeerServer:
             context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, "Too many push at the same time.")
         try:
             model = models.read(requests)
+        except OtherTraining:
+            return pb.PushReply()
         except Refusal as e:
             self._refuse(context, str(e))
         finally:
             self._pushes.release()
         if model is None:
             self._refuse(context, "Expected a model. Received: nothing.")
-        return pb.PushReply(waiting=self._add(model.values))
+        return pb.PushReply(waiting=self._add(models, model.values))
 
-    def _add(self, values: list[np.ndarray]) -> int:
+    def _add(self, models: ModelFormat, values: list[np.ndarray]) -> int:
         with self._lock:
+            if self._format is not models:
+                # Another training has begun while it came.
+                return self._pushed.count
             before = self._pushed.inboxes or [gossip.Inbox() for _ in values]
             inboxes = [gossip.received(i, v) for i, v in zip(before, values, strict=True)]
             self._pushed = Pushed(inboxes, self._pushed.count + 1)

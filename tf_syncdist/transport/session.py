@@ -37,6 +37,7 @@ class Session(Ending, Gathering, PlanRelay, StateTransfer, CentreExchanging):
         super().__init__(config, on_notice)
         self._all_gone = 0
         self._started: pb.Started | None = None
+        self._said_goodbye: pb.ToAggregator | None = None
         self._connect()
 
     def wait_started(self) -> pb.Started:
@@ -59,7 +60,8 @@ class Session(Ending, Gathering, PlanRelay, StateTransfer, CentreExchanging):
         """Tells the service that this worker does no more runs."""
         with self._changed:
             self._leaving = True
-            self._send_all(pb.ToAggregator(goodbye=pb.Goodbye(reason=reason, run=run)))
+            self._said_goodbye = pb.ToAggregator(goodbye=pb.Goodbye(reason=reason, run=run))
+            self._send_all(self._said_goodbye)
 
     def wait_all_gone(self, timeout_seconds: float, on_wake: Callable[[], None]) -> bool:
         """Waits until every worker has said goodbye; `on_wake` is called now and then."""
@@ -71,6 +73,12 @@ class Session(Ending, Gathering, PlanRelay, StateTransfer, CentreExchanging):
                     return bool(self._all_gone)
                 self._changed.wait(0.2)
         return False
+
+    def _resend(self, shard: int, welcome: pb.Welcome, is_new: bool) -> None:
+        super()._resend(shard, welcome, is_new)
+        if self._said_goodbye is not None:
+            # The stream was being opened anew when it was said.
+            self._send(shard, self._said_goodbye)
 
     def _on_all_gone(self, *_: object) -> None:
         self._all_gone += 1

@@ -32,6 +32,7 @@ class SessionConfig(NamedTuple):
         centre: How the service mixes models with a centre that it holds, serialized; empty if it
             holds none.
         serves: "host:port" at which this worker serves its own model; empty if it does not.
+        strategy: The strategy, and what all workers must give it alike that is not said above.
     """
 
     addresses: tuple[str, ...]
@@ -55,3 +56,4 @@ class SessionConfig(NamedTuple):
     timeline: Timeline | None = None
     centre: str = ""
     serves: str = ""
+    strategy: str = ""

@@ -1,0 +1,77 @@
+"""Counts its steps in a variable that workers mix, whatever happens: every step adds one to it."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import keras
+import member
+import tensorflow as tf
+
+import tf_syncdist
+
+ARGUMENTS = member.ARGUMENTS
+LIFE = os.environ["TF_SYNCDIST_TEST_LIFE"]
+STRATEGIES = {
+    "elastic": tf_syncdist.ElasticAveragingStrategy,
+    "gossip": tf_syncdist.GossipStrategy,
+    "async": tf_syncdist.AsyncStrategy,
+}
+
+
+def wait_for_others(rounds: int) -> None:
+    """Waits until worker 0 has done so many steps."""
+    first = Path(LIFE).parent / "worker-0.life-0.trace"
+    deadline = time.monotonic() + 60
+    while not first.exists() or first.read_text().count("\n") <= rounds:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def main() -> None:
+    if Path(LIFE).name == f"worker-{ARGUMENTS['late']}.life-0":
+        wait_for_others(ARGUMENTS["late_by"])
+    strategy: Any = STRATEGIES[ARGUMENTS["kind"]](
+        connect_timeout_seconds=60.0,
+        timeout_seconds=60.0,
+        detection_seconds=1.0,
+        **ARGUMENTS["options"],
+    )
+    with strategy.scope():
+        value = keras.Variable(tf.zeros([4]), trainable=True, name="value")
+        optimizer = keras.optimizers.SGD(1.0)
+        optimizer.build([value])
+
+    def replica_step() -> tf.Tensor:
+        before = value.value[0] + 0.0
+        with tf.control_dependencies([before]):
+            optimizer.apply_gradients([(-tf.ones([4]), value)])
+        return before
+
+    @tf.function
+    def step() -> tf.Tensor:
+        return strategy.run(replica_step)
+
+    with open(f"{LIFE}.trace", "a", buffering=1) as trace:
+        for number in range(1, ARGUMENTS["steps"] + 1):
+            begun = time.monotonic()
+            before = float(step())
+            # The first one is traced, and waits for others to begin.
+            took = time.monotonic() - begun if number > 1 else 0.0
+            trace.write(f"{number} {before} {took}\n")
+            time.sleep(ARGUMENTS["step_seconds"])
+    strategy.synchronize()
+    end = float(value.numpy()[0])
+    report = strategy.report()
+    member.write(
+        strategy,
+        keras.Sequential(),
+        optimizer,
+        end=end,
+        own=report.own._asdict(),
+        report_text=str(report),
+    )
+
+
+main()

@@ -1,0 +1,191 @@
+"""The number of learners that a fit finds out by itself, and arguments that cannot be."""
+
+import re
+import time
+import warnings
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tf_syncdist import ModelAveragingStrategy
+
+from .averaging import BATCH, X, Y, close, fit, sgd
+
+pytestmark = pytest.mark.timeout(240)
+
+
+class Waiting(keras.layers.Layer):
+    """Waits for a device that other learners do not use meanwhile."""
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        if not training or not tf.is_symbolic_tensor(inputs):
+            return inputs
+
+        def wait() -> np.float32:
+            time.sleep(0.01)
+            return np.float32(0)
+
+        return inputs + tf.reshape(tf.numpy_function(wait, [], tf.float32), ())
+
+
+def noisy(**compiled: Any) -> keras.Model:
+    """Returns a model with all kinds of state."""
+    keras.utils.set_random_seed(7)
+    layers = [keras.Input((6,)), Waiting(), keras.layers.Dense(5, activation="tanh")]
+    layers += [keras.layers.BatchNormalization(momentum=0.5), keras.layers.Dropout(0.3)]
+    model = keras.Sequential([*layers, keras.layers.Dense(1)])
+    model.compile(keras.optimizers.Adam(0.01), "mse", metrics=["mae"], **compiled)
+    return model
+
+
+def arrays() -> tuple[tuple, dict[str, Any]]:
+    return (X, Y), {"batch_size": BATCH}
+
+
+def batched() -> tuple[tuple, dict[str, Any]]:
+    return (tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH),), {}
+
+
+def trained(strategy: ModelAveragingStrategy, kind: Any, **compiled: Any) -> list[Any]:
+    with strategy.scope():
+        model = noisy(**compiled)
+    args, given = kind()
+    _, history = fit(model, *args, epochs=2, **given)
+    optimizer = [v.numpy() for v in model.optimizer.variables]
+    return [*model.get_weights(), *optimizer, *history.history["loss"], *history.history["mae"]]
+
+
+@pytest.mark.parametrize("kind", [arrays, batched])
+def test_measuring_leaves_no_trace(kind: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    strategy = ModelAveragingStrategy("auto")
+    assert strategy.num_learners == 1
+    found = trained(strategy, kind)
+    learners = strategy.num_learners
+    # Waiting learners do not take a core from one another.
+    assert learners > 1
+    assert strategy.correction == 1 / learners
+    expected = trained(ModelAveragingStrategy(learners), kind)
+    for value, wanted in zip(found, expected, strict=True):
+        close(value, wanted, 1e-5)
+    assert strategy.local_report().rounds == 2 * -(-11 // learners)
+    check_table(capfd.readouterr().err, learners)
+
+
+def check_table(printed: str, learners: int) -> None:
+    """Checks that the table is printed once, and that it is what the rule makes of it."""
+    assert printed.count("learners  examples/s    gain") == 1
+    rows = re.findall(r"^ +(\d+) +(\d+) +(?:([+-]\d+) %)?( +<- kept)?$", printed, re.MULTILINE)
+    assert [int(number) for number, *_ in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) == learners + 1
+    assert [bool(kept) for *_, kept in rows] == [n == learners for n in range(1, len(rows) + 1)]
+    gains = [int(gain) for _, _, gain, _ in rows[1:]]
+    assert min(gains[:-1]) >= 10 >= gains[-1]
+    for (_, before, *_), (_, after, gain, _) in zip(rows, rows[1:], strict=False):
+        assert 100 * (int(after) / int(before) - 1) == pytest.approx(int(gain), abs=1.5)
+
+
+def test_a_second_fit_does_not_measure_again(capfd: pytest.CaptureFixture[str]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        strategy = ModelAveragingStrategy("auto", correction=0.9)
+    with strategy.scope():
+        models = [noisy(), noisy()]
+    # More learners make it unstable.
+    with pytest.warns(UserWarning, match="Received: correction=0.9") as told:
+        for model in (*models, models[0]):
+            fit(model, X, Y, batch_size=BATCH)
+    assert len([w for w in told if "averaging is stable" in str(w.message)]) == 1
+    assert capfd.readouterr().err.count("learners  examples/s") == 1
+    assert strategy.num_learners > 1 and strategy.correction == 0.9
+    assert max(strategy.distances()) > 0
+
+
+def test_of_data_of_unknown_length_nothing_is_tried(capfd: pytest.CaptureFixture[str]) -> None:
+    strategy = ModelAveragingStrategy("auto")
+    with strategy.scope():
+        model = noisy()
+    parts = tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH).filter(lambda x, y: True)
+    trace, _ = fit(model, parts, may_end=True)
+    assert strategy.num_learners == 1 and trace.runs == 11
+    assert "learners_per_device='auto' is 1, since" in capfd.readouterr().err
+
+
+def test_an_error_of_the_model_is_told_as_it_is() -> None:
+    strategy = ModelAveragingStrategy("auto")
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(2)])
+        model.compile(sgd(), "sparse_categorical_crossentropy")
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
+        model.fit(X, np.full(len(X), 7), batch_size=BATCH, verbose=0)
+    assert strategy.num_learners == 1
+
+
+def test_a_report_says_how_often_learners_were_averaged_and_how_far_they_are() -> None:
+    strategy = ModelAveragingStrategy(2, period=3)
+    with strategy.scope():
+        model = noisy()
+    assert strategy.report().learners == (0.0, 0.0) and strategy.report().distance is None
+    fit(model, X, Y, batch_size=BATCH, epochs=2)
+    report = strategy.report()
+    assert (report.runs, report.own.mixed, report.own.staleness_max) == (12, 4, 0)
+    assert report.learners == tuple(strategy.distances())
+    size = sum(v.numpy().size for v in model.trainable_variables)
+    length = sum(np.sum(v.numpy().astype("f8") ** 2) for v in model.trainable_variables)
+    squares = sum(length * d**2 for d in report.learners)
+    assert report.distance == pytest.approx(np.sqrt(squares / size / 2), rel=1e-6)
+    assert "averaged in 4 of them" in str(report)
+    alone = ModelAveragingStrategy()
+    assert str(alone.report()) == "0 runs by a single worker with 1 learner"
+
+
+# Arguments.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "received"),
+    [
+        ({"learners_per_device": 0}, "learners_per_device=0"),
+        ({"learners_per_device": -2}, "learners_per_device=-2"),
+        ({"learners_per_device": 1.5}, "learners_per_device=1.5"),
+        ({"learners_per_device": True}, "learners_per_device=True"),
+        ({"learners_per_device": "many"}, "learners_per_device='many'"),
+        ({"learners_per_device": None}, "learners_per_device=None"),
+        ({"correction": 0}, "correction=0"),
+        ({"correction": -0.1}, "correction=-0.1"),
+        ({"correction": float("nan")}, "correction=nan"),
+        ({"correction": float("inf")}, "correction=inf"),
+        ({"correction": "0.1"}, "correction='0.1'"),
+        ({"central_momentum": -0.1}, "central_momentum=-0.1"),
+        ({"central_momentum": 1}, "central_momentum=1"),
+        ({"central_momentum": float("nan")}, "central_momentum=nan"),
+        ({"central_momentum": None}, "central_momentum=None"),
+        ({"period": 0}, "period=0"),
+        ({"period": 2.0}, "period=2.0"),
+        ({"period": True}, "period=True"),
+        ({"period": None}, "period=None"),
+        ({"transport": "pigeon"}, "pigeon"),
+        ({"limit_gbps": -1.0}, "-1"),
+    ],
+)
+def test_arguments_that_cannot_be_are_refused(arguments: dict[str, Any], received: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(received)) as refused:
+        ModelAveragingStrategy(**arguments)
+    (name,) = arguments
+    assert name in str(refused.value)
+
+
+@pytest.mark.parametrize("learners", [2, 4, np.int64(4)])
+def test_a_correction_that_overshoots_is_told_with_its_bound(learners: int) -> None:
+    bound = 2 / (learners + 1)
+    with pytest.warns(UserWarning, match=re.escape(f"2 / (k + 1) = {bound:.3g};")) as told:
+        ModelAveragingStrategy(learners, correction=bound + 0.01)
+    (warning,) = told
+    assert warning.filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ModelAveragingStrategy(learners, correction=bound - 0.01)
+        # One learner in all is not corrected.
+        ModelAveragingStrategy(1, correction=1.5)
