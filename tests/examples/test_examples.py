@@ -87,10 +87,3 @@ def test_every_other_strategy_learns_with_default_flags(tmp_path: Path, strategy
     for summary in found:
         assert summary["metrics"]["test_accuracy"] > least
         assert summary["rounds"] == summary["contributed"] > 0
-
-
-def test_a_directory_of_mnist_and_the_digits_exclude_one_another(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "train_mnist.py"), "--dataset=digits"]
-    command.append(f"--data_dir={tmp_path}")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert done.returncode != 0 and "Leave one of the two out" in done.stderr

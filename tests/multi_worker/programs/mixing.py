@@ -79,6 +79,9 @@ class Turns(keras.callbacks.Callback):
         """Waits for this worker's turn."""
         if self._mine[batch]:
             wait_for(DIRECTORY / f"{self._name}.turn-{self._mine[batch] - 1}")
+        if self._looks:
+            # Others have trained since this worker's last run; it goes on as if it had not looked.
+            self.model.get_weights()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Lets the next one go on."""
