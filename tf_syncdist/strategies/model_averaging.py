@@ -12,7 +12,7 @@ from tf_syncdist.observability.mixing_reports import MixingReport, averaging_rep
 from tf_syncdist.propagation import FifoPropagation
 from tf_syncdist.propagation import serialize as serialize_propagation
 from tf_syncdist.propagation.policies import cutter
-from tf_syncdist.strategies import adapter, keras_calls, options
+from tf_syncdist.strategies import adapter, inplace, keras_calls, options
 from tf_syncdist.strategies.learner_runs import Step
 from tf_syncdist.strategies.learner_tuning import tune
 from tf_syncdist.strategies.mixing_state import MadeVariables, MixingState
@@ -211,34 +211,34 @@ class ModelAveragingStrategy(MixingStrategy):
         return found
 
     def _averaged(self, step: Step) -> Any:
+        """Emits what `averaging.averaged_in_groups` says, for this worker's learners.
+
+        In place and in few operations: on a small model each costs more than what it computes.
+        """
         central = step.central(step.trained)
         before = [v.read_value() for v in central]
         learners = [step.learner(n, step.trained) for n in range(step.num_learners)]
-        given = [
-            [averaging.correction_of(w.read_value(), z, self.correction)
-             for w, z in zip(learner, before, strict=True)]
+        apart = [
+            [w.read_value() - z for w, z in zip(learner, before, strict=True)]
             for learner in learners
-        ]  # fmt: skip
-        sums = [tf.add_n(parts) for parts in zip(*given, strict=True)]
+        ]
+        sums = [
+            tf.add_n(parts) * tf.cast(self.correction, parts[0].dtype)
+            for parts in zip(*apart, strict=True)
+        ]
         if self._member is not None:
             # What has been summed over this worker's learners travels while they compute.
             sums = self._runs.all_reduce(tf.distribute.ReduceOp.SUM, sums)
         found = step.compute()
-        for learner, own in zip(learners, given, strict=True):
-            for variable, part in zip(learner, own, strict=True):
-                variable.assign_sub(part, read_value=False)
-        for variable, container, model, total in zip(
-            central, step.trained, before, sums, strict=True
-        ):
-            if not self._momentum:
-                variable.assign(model + total, read_value=False)
-                continue
-            move = self._moves.of(container, container.shape, container.dtype)
-            after = averaging.moved(
-                averaging.Central(model, move.read_value()), total, self._momentum
-            )
-            variable.assign(after.model, read_value=False)
-            move.assign(after.move, read_value=False)
+        for learner, own in zip(learners, apart, strict=True):
+            for variable, difference in zip(learner, own, strict=True):
+                inplace.add(variable, difference, -self.correction)
+        for variable, container, total in zip(central, step.trained, sums, strict=True):
+            if self._momentum:
+                move = self._moves.of(container, container.shape, container.dtype)
+                inplace.add_with_momentum(variable, move, total, self._momentum)
+            else:
+                inplace.add(variable, total, 1.0)
         return found
 
     def _restart_if_rates_dropped(self, step: Step) -> None:
