@@ -151,7 +151,9 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         batches_per_epoch: How many batches Keras is to announce, if not as many as the user's
             dataset has.
         spec: What a batch of one replica is like, if batches are PerReplica values.
-        parts: How many batches of the dataset a run takes, as PerReplica values.
+        parts: How many batches a run takes, as PerReplica values.
+        size: Their size, where an element of the dataset has all of a run's.
+        counts: Whether an iteration over a dataset without end has to end by itself.
         batches_per_run: How many of the user's batches make one of all workers.
     """
 
@@ -164,6 +166,8 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         batches_per_epoch: int | None = None,
         spec: Any = None,
         parts: int = 1,
+        size: int | None = None,
+        counts: bool = True,
         batches_per_run: int = 1,
     ) -> None:
         self.batches_per_epoch = batches_per_epoch
@@ -174,6 +178,8 @@ class WorkerDataset(tf.distribute.DistributedDataset):
         self._builds = builds
         self._on_iter = on_iter
         self._parts = parts
+        self._size = size
+        self._counts = counts
         self._now: iterators.WorkerIterator | None = None
 
     def __iter__(self) -> Any:
@@ -188,21 +194,26 @@ class WorkerDataset(tf.distribute.DistributedDataset):
             return iter(self._dataset)
         if self._each is None:
             found = iter(self._dataset)
-            return found if self._parts == 1 else iterators.WorkerIterator(found, None, self._parts)
+            return found if self._parts == 1 else self._iterator(found)
         if self._now is None:
-            self._now = iterators.WorkerIterator(iter(self._dataset), None, self._parts)
-        self._now = self._now.from_here(self._each)
+            self._now = self._iterator(iter(self._dataset))
+        if self._counts:
+            self._now = self._now.from_here(self._each)
         return self._now
+
+    def _iterator(self, elements: tf.data.Iterator) -> iterators.WorkerIterator:
+        return iterators.WorkerIterator(elements, None, self._parts, self._size)
 
     @property
     def element_spec(self) -> Any:
         """The specification of a batch."""
-        return iterators.parted(self._dataset.element_spec, self._parts)
+        return iterators.parted(self._dataset.element_spec, self._parts, self._size)
 
     def cardinality(self) -> tf.Tensor:
         """Returns how many batches there are."""
         found = self._dataset.cardinality()
-        return found if self._parts == 1 else tf.where(found > 0, found // self._parts, found)
+        each = self._parts if self._size is None else 1
+        return found if each == 1 else tf.where(found > 0, found // each, found)
 
     def reduce(self, initial_state: Any, reduce_func: Callable) -> Any:
         """Reduces the dataset; a loop over it in a tf.function becomes this."""

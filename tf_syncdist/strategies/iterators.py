@@ -1,7 +1,7 @@
 """Reads a worker's input: for each run a batch for every learner, and so many runs an epoch.
 
-What is taken apart or counted within tf.data takes a call of a function there for each run. On a
-small model that is a fifth of a step, by threads that learners need.
+What is taken apart or counted within tf.data takes a call of a function there for each run, and
+each element that is read wakes a thread: on a small model a tenth of a step each.
 """
 
 from typing import Any
@@ -12,29 +12,35 @@ from tf_syncdist.strategies import adapter
 
 
 class WorkerIterator(tf.data.Iterator):
-    """Takes elements of a dataset's iterator, several for each of its own.
+    """Reads a dataset's iterator; each element may have parts, which become PerReplica values.
 
     Args:
         elements: The iterator over the dataset.
         count: An iterator that ends where this one does, after as many elements as this one has;
             `None` if it ends with the dataset.
-        parts: How many elements make one of this iterator's, which has PerReplica values of them;
-            1 for the elements as they are. A rest of fewer is left out.
+        parts: How many parts an element has; 1 for the dataset's elements as they are.
+        size: Of a part, where an element of the dataset is a batch with all of them, one behind the
+            other. `None` where each of its elements is a part; a rest of fewer is left out.
     """
 
     def __init__(
-        self, elements: tf.data.Iterator, count: tf.data.Iterator | None = None, parts: int = 1
+        self,
+        elements: tf.data.Iterator,
+        count: tf.data.Iterator | None = None,
+        parts: int = 1,
+        size: int | None = None,
     ) -> None:
         super().__init__()
         self.elements = elements
         self.count = count
         self.parts = parts
+        self.size = size
         self._own_spec: WorkerIteratorSpec | None = None
 
     @property
     def element_spec(self) -> Any:
         """The specification of an element."""
-        return parted(self.elements.element_spec, self.parts)
+        return parted(self.elements.element_spec, self.parts, self.size)
 
     def __iter__(self) -> "WorkerIterator":
         return self
@@ -53,13 +59,13 @@ class WorkerIterator(tf.data.Iterator):
         """
         counted = [] if self.count is None else [self.count.get_next()]
         with tf.control_dependencies(counted):
-            found = [self.elements.get_next() for _ in range(self.parts)]
-        if self.count is None and self.parts > 1 and not tf.executing_eagerly():
+            found = [self.elements.get_next() for _ in range(self._reads)]
+        if self.count is None and len(found) > 1 and not tf.executing_eagerly():
             # No learner begins with a rest before it is known that there are too few for all.
             last = tf.nest.flatten(found[-1], expand_composites=True)
             with tf.control_dependencies(last):
                 found = tf.nest.map_structure(tf.identity, found, expand_composites=True)
-        return _together(found)
+        return self._together(found)
 
     def get_next_as_optional(self) -> tf.experimental.Optional:
         """Returns the next element, if there is one, as an Optional."""
@@ -69,11 +75,11 @@ class WorkerIterator(tf.data.Iterator):
             return tf.experimental.Optional.empty(spec)
 
         def read() -> tf.experimental.Optional:
-            found = [self.elements.get_next_as_optional() for _ in range(self.parts)]
+            found = [self.elements.get_next_as_optional() for _ in range(self._reads)]
             return tf.cond(
                 found[-1].has_value(),
                 lambda: tf.experimental.Optional.from_value(
-                    _together([f.get_value() for f in found])
+                    self._together([f.get_value() for f in found])
                 ),
                 empty,
             )
@@ -86,16 +92,30 @@ class WorkerIterator(tf.data.Iterator):
     def _type_spec(self) -> "WorkerIteratorSpec":
         if self._own_spec is None:
             self._own_spec = WorkerIteratorSpec(
-                self.elements.element_spec, self.count is not None, self.parts
+                self.elements.element_spec, self.count is not None, self.parts, self.size
             )
         return self._own_spec
 
     def from_here(self, runs: int) -> "WorkerIterator":
         """Returns an iterator that goes on with the same elements, for so many of its own."""
         count = iter(tf.data.Dataset.range(runs))
-        found = WorkerIterator(self.elements, count, self.parts)
+        found = WorkerIterator(self.elements, count, self.parts, self.size)
         found._own_spec = self._own_spec if self.count is not None else None
         return found
+
+    @property
+    def _reads(self) -> int:
+        return self.parts if self.size is None else 1
+
+    def _together(self, elements: list) -> Any:
+        if self.parts == 1:
+            return elements[0]
+        if self.size is None:
+            return adapter.per_replica(elements)
+        flat = [tf.split(t, self.parts) for t in tf.nest.flatten(elements[0])]
+        return adapter.per_replica(
+            [tf.nest.pack_sequence_as(elements[0], part) for part in zip(*flat, strict=True)]
+        )
 
 
 class WorkerIteratorSpec(tf.TypeSpec):
@@ -107,12 +127,14 @@ class WorkerIteratorSpec(tf.TypeSpec):
         spec: The specification of an element of the dataset.
         counts: Whether there is an iterator that tells where it ends.
         parts: See `WorkerIterator`.
+        size: See `WorkerIterator`.
     """
 
-    def __init__(self, spec: Any, counts: bool, parts: int) -> None:
+    def __init__(self, spec: Any, counts: bool, parts: int, size: int | None) -> None:
         self._spec = spec
         self._counts = counts
         self._parts = parts
+        self._size = size
         self._hash: int | None = None
 
     def __hash__(self) -> int:
@@ -129,7 +151,7 @@ class WorkerIteratorSpec(tf.TypeSpec):
         return WorkerIterator
 
     def _serialize(self) -> tuple:
-        return self._spec, self._counts, self._parts
+        return self._spec, self._counts, self._parts, self._size
 
     @property
     def _component_specs(self) -> tuple[tf.TensorSpec, ...]:
@@ -145,13 +167,15 @@ class WorkerIteratorSpec(tf.TypeSpec):
             tf.nest.pack_sequence_as(tf.data.IteratorSpec(spec), [part], expand_composites=True)
             for spec, part in zip(specs, components, strict=False)
         ]
-        return WorkerIterator(*found, *[None] * (2 - len(found)), self._parts)
+        return WorkerIterator(*found, *[None] * (2 - len(found)), self._parts, self._size)
 
 
-def parted(spec: Any, parts: int) -> Any:
-    """Returns the specification of PerReplica values with so many parts."""
-    return spec if parts == 1 else adapter.per_replica_spec(spec, parts)
-
-
-def _together(elements: list) -> Any:
-    return elements[0] if len(elements) == 1 else adapter.per_replica(elements)
+def parted(spec: Any, parts: int, size: int | None = None) -> Any:
+    """Returns the specification of PerReplica values; see `WorkerIterator`."""
+    if parts == 1:
+        return spec
+    if size is not None:
+        spec = tf.nest.map_structure(
+            lambda s: tf.TensorSpec([size, *s.shape[1:]], s.dtype, s.name), spec
+        )
+    return adapter.per_replica_spec(spec, parts)

@@ -6,7 +6,7 @@ B / k runs with k learners in all, rounded up: the learners that have no batch o
 last run go on with the next pass over the data.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -18,12 +18,16 @@ class Share(NamedTuple):
 
     Args:
         dataset: The batches of its learners, one after the other.
+        size: Where an element has the batches of all learners, one behind the other: their size.
+        spec: What a learner's batch is like.
         runs: How many runs an epoch has; `None` if nobody knows.
         ends: Whether the dataset comes to an end, so that workers have to agree on where.
         batches_per_run: How many of the dataset's batches a run of all workers takes.
     """
 
     dataset: tf.data.Dataset
+    size: int | None
+    spec: Any
     runs: int | None
     ends: bool
     batches_per_run: int
@@ -35,6 +39,7 @@ def share(
     worker: int,
     num_workers: int,
     batches: int | None = None,
+    batch_size: int | None = None,
 ) -> Share:
     """Returns one worker's share of a batched dataset.
 
@@ -48,10 +53,13 @@ def share(
         worker: Index of this worker.
         num_workers: How many workers there are.
         batches: How many batches it has, if it does not tell.
+        batch_size: Their size, if it does not tell.
     """
     count = int(dataset.cardinality()) if batches is None else batches
     sharers = num_workers
     policy = dataset.options().experimental_distribute.auto_shard_policy
+    if batch_size is None:
+        batch_size = adapter.static_batch_size(dataset) if learners > 1 else None
     repeats = count >= 0
     if policy is tf.data.experimental.AutoShardPolicy.OFF:
         sharers = 1
@@ -65,4 +73,18 @@ def share(
         dataset = dataset.repeat()
     runs = -(-count // (sharers * learners)) if count >= 0 else None
     ends = count == tf.data.UNKNOWN_CARDINALITY
-    return Share(dataset.prefetch(2 * learners), runs, ends, sharers * learners)
+    spec, size = dataset.element_spec, None
+    if learners > 1 and batch_size is not None and not ends and _stacks(spec):
+        # One element for each run is read sooner than one for each learner.
+        size = batch_size
+        dataset = dataset.rebatch(learners * size, drop_remainder=True)
+    ahead = 2 if size is not None else 2 * learners
+    return Share(dataset.prefetch(ahead), size, spec, runs, ends, sharers * learners)
+
+
+def _stacks(spec: Any) -> bool:
+    """Returns whether batches can be put one behind the other."""
+    return all(
+        isinstance(s, tf.TensorSpec) and s.shape.rank and s.shape[1:].is_fully_defined()
+        for s in tf.nest.flatten(spec)
+    )

@@ -270,14 +270,17 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
             self.worker_index,
             self.num_workers,
             batches=call.batches if arrays else None,
+            batch_size=call.batch_size if arrays else None,
         )
-        found, parts, spec = mine.dataset, self._learners.count, mine.dataset.element_spec
+        found, parts = mine.dataset, self._learners.count
         if mine.ends:
             found, parts = self._watch(found)
         if call is None:
             if mine.runs is not None:
-                found = found.take(mine.runs * parts)
-            return inputs.WorkerDataset(found, None, False, self._begin_input, parts=parts)
+                found = found.take(mine.runs * (parts if mine.size is None else 1))
+            return inputs.WorkerDataset(
+                found, None, False, self._begin_input, parts=parts, size=mine.size
+            )
         builds = adapter.builds_from_input(call.model)
         return inputs.WorkerDataset(
             found,
@@ -285,9 +288,12 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
             builds,
             self._begin_input,
             mine.runs,
-            spec,
+            mine.spec,
             parts,
-            mine.batches_per_run,
+            mine.size,
+            # Keras counts runs itself, but not within one execution.
+            counts=call.model.steps_per_execution != 1,
+            batches_per_run=mine.batches_per_run,
         )
 
     def _watch(self, dataset: tf.data.Dataset) -> tuple[tf.data.Dataset, int]:

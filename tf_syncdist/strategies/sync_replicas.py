@@ -312,7 +312,8 @@ class SyncReplicasStrategy(KerasSide, JobSide, tf.distribute.Strategy):
         dataset = inputs.split(dataset, len(self.extended.worker_devices))
         builds = call is not None and adapter.builds_from_input(call.model)
         each = batches if continued else None
-        return inputs.WorkerDataset(dataset, each, builds, self._begin_input)
+        counts = call is None or call.model.steps_per_execution != 1
+        return inputs.WorkerDataset(dataset, each, builds, self._begin_input, counts=counts)
 
     def _watch(
         self, dataset: tf.data.Dataset, ends: bool, alike: bool, fits: bool
