@@ -17,7 +17,8 @@ The parts:
 * learners: `ModelAveragingStrategy` with 1, 2, 4 and "auto" learners on one CPU device, against
   MirroredStrategy with a batch as large as theirs together: on as many logical CPU devices, and on
   one. The learning rate is the same. For "auto", the time in which learners are tried is not
-  counted either; each seed's `warmup_seconds` has it in it.
+  counted either; each seed's `warmup_seconds` has it in it. With --op_threads=1 no operation is
+  cut over the cores, for any of them; learners fill the cores then, where one model cannot.
 * strategies: jobs of --num_workers workers, with the same batch for each. Workers share the cores
   of this machine, so each step sleeps for --step_seconds, which stands for the computing of a
   device of the worker's own. The asynchronous parameter server adds up what others average, so it
@@ -63,6 +64,9 @@ _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.02, "Learning rate.")
 _FILTERS = flags.DEFINE_list("filters", ["8", "16"], "Filters of the network's convolutions.")
 _EPOCHS = flags.DEFINE_float("epochs", 10, "Passes over the data after which a run ends.")
 _TESTS = flags.DEFINE_integer("tests_per_epoch", 8, "Tests in a pass over the data.", lower_bound=1)
+_OP_THREADS = flags.DEFINE_integer(
+    "op_threads", 0, "Threads for one operation, of the part learners; 0 is TensorFlow's default."
+)
 _STEP_SECONDS = flags.DEFINE_float("step_seconds", 0.02, "Sleep of a step.", lower_bound=0)
 _SLOW_FACTOR = flags.DEFINE_float("slow_factor", 10, "Times a slow step takes longer.")
 _MOST_SECONDS = flags.DEFINE_float("most_seconds", 40, "Seconds after which a run ends.")
@@ -118,6 +122,7 @@ def _measure_with(start: mixing_learners.Start) -> tuple[list[mixing_rows.Row], 
         most_seconds=_MOST_SECONDS.value,
         tests_per_epoch=_TESTS.value,
         filters=[int(number) for number in _FILTERS.value],
+        op_threads=_OP_THREADS.value,
     )
     rows: list[mixing_rows.Row] = []
     failures: list[str] = []

@@ -73,6 +73,7 @@ def train(task: Task, settings: Settings, data: Dataset) -> dict[str, Any]:
         data: The data.
     """
     os.environ.pop("TF_CONFIG", None)
+    tf.config.threading.set_intra_op_parallelism_threads(settings.op_threads)
     devices = _make_devices(task.devices)
     is_mirrored = task.strategy == "mirrored"
     batch_size = settings.batch_size * (int(task.learners) if is_mirrored else 1)

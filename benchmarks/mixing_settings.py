@@ -16,6 +16,7 @@ class Settings(NamedTuple):
         most_seconds: Seconds of training after which it ends.
         tests_per_epoch: How often the model is tested in a pass over the data.
         filters: Filters of each convolution of the network.
+        op_threads: Threads for one operation in the part learners; 0 for TensorFlow's default.
     """
 
     batch_size: int
@@ -25,3 +26,4 @@ class Settings(NamedTuple):
     most_seconds: float
     tests_per_epoch: int
     filters: list[int]
+    op_threads: int
