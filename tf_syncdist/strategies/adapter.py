@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from tf_syncdist.errors import UnsupportedVersionError
+from tf_syncdist.strategies import loss_scaling
 from tf_syncdist.strategies.counted_batches import CountedBatches
 from tf_syncdist.strategies.hooks import Hooks
 
@@ -252,8 +253,8 @@ class WorkerExtended(_MirroredExtended):
         scales = isinstance(optimizer, keras.optimizers.LossScaleOptimizer)
         # With several devices there is no accumulation; it is refused further down.
         alone = len(self.worker_devices) == 1
-        if alone and scales and name == _APPLY_FINITE and _accumulates(optimizer):
-            args = (_zero_unless_finite(optimizer, args[0]), *args[1:])
+        if alone and scales and name == _APPLY_FINITE and loss_scaling.accumulates(optimizer):
+            args = (loss_scaling.zero_unless_finite(optimizer, args[0]), *args[1:])
         result = self._call_replicas(fn, args, kwargs)
         if scales and name == _CHECK_FINITE:
             # Keras asks the first replica only, and before gradients are reduced.
@@ -333,27 +334,6 @@ class WorkerExtended(_MirroredExtended):
             for i in range(len(devices))
         ]
         return _regroup([value_fn(c) for c in contexts], always_wrap=True)
-
-
-def _accumulates(optimizer: keras.optimizers.LossScaleOptimizer) -> bool:
-    return bool(getattr(optimizer.inner_optimizer, "gradient_accumulation_steps", None))
-
-
-def _zero_unless_finite(optimizer: keras.optimizers.LossScaleOptimizer, gradients: list) -> list:
-    """Returns gradients that a worker can add to its own although the others did not see them.
-
-    A round may have closed as finite without this worker, whose gradients are not.
-    """
-    finite = optimizer.check_finite(gradients)
-
-    def cleaned(gradient: Any) -> Any:
-        return tf.nest.map_structure(
-            lambda t: tf.where(finite, t, tf.zeros_like(t)) if t.dtype.is_floating else t,
-            gradient,
-            expand_composites=True,
-        )
-
-    return [g if g is None else cleaned(g) for g in gradients]
 
 
 def convert(fn: Callable) -> Callable:
@@ -468,18 +448,6 @@ def averages_of(optimizer: object) -> list:
 def builds_from_input(model: keras.Model) -> bool:
     """Returns whether Keras looks at a first batch before it trains, as models of a scope need."""
     return getattr(model, _seam(model, "_distribute_strategy")) is not None
-
-
-def last_call() -> tf.Operation | None:
-    """Returns the operation by which a concrete function was just called in the current graph.
-
-    A control dependency on it waits for everything that the function does, while one on its
-    outputs waits for these only.
-    """
-    for op in reversed(tf.compat.v1.get_default_graph().get_operations()):
-        if op.type in ("StatefulPartitionedCall", "PartitionedCall"):
-            return op
-    return None
 
 
 def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:

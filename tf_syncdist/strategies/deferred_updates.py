@@ -183,7 +183,7 @@ class DeferredUpdate:
             for result, tensor in zip(results, tensors, strict=True):
                 result.set_shape(way.specs[tensor].shape)
             self._updates[number](tuple(results), learning_rate, step)
-            updates.append(adapter.last_call())
+            updates.append(traces.last_call())
         with tf.control_dependencies(updates):
             # What nobody takes a value of is left out, although others wait for it.
             done = tf.numpy_function(

@@ -11,7 +11,7 @@ from tf_syncdist.cutoff import FullSync, serialize
 from tf_syncdist.observability.mixing_reports import Exchanges, MixingReport
 from tf_syncdist.propagation import FifoPropagation
 from tf_syncdist.propagation import serialize as serialize_propagation
-from tf_syncdist.strategies import adapter, keras_calls, options
+from tf_syncdist.strategies import adapter, keras_calls, options, traces
 from tf_syncdist.strategies.controller import LocalReport
 from tf_syncdist.strategies.exchangers import Exchanger
 from tf_syncdist.strategies.free_runs import FreeRuns
@@ -146,7 +146,7 @@ class FreeStrategy(MixingStrategy):
         due.set_shape(())
 
         def finish(found: Any) -> Any:
-            after = adapter.last_call()
+            after = traces.last_call()
             with tf.control_dependencies([after] if after is not None else []):
                 done = tf.numpy_function(self._free.finish, [], [])
             with tf.control_dependencies([done]):

@@ -94,7 +94,7 @@ def run_in_graph(runs: Runs, fn: Callable[[], Any], inputs: Any) -> Any:
 
     def computed(traced: Any = traced) -> Any:
         result = traced()
-        call = adapter.last_call()
+        call = traces.last_call()
         flat = tf.nest.flatten(result, expand_composites=True)
         finish(call, [o for o in flat if tf.is_tensor(o)])
         return result
@@ -112,7 +112,7 @@ def run_in_graph(runs: Runs, fn: Callable[[], Any], inputs: Any) -> Any:
 
     def replayed() -> Any:
         replay()
-        finish(adapter.last_call(), [])
+        finish(traces.last_call(), [])
         return kept()
 
     def skipped() -> Any:

@@ -125,3 +125,15 @@ def _called(node: Any) -> list[str]:
             names += [value.func.name] if value.HasField("func") else []
             names += [f.name for f in value.list.func] if value.HasField("list") else []
     return names
+
+
+def last_call() -> tf.Operation | None:
+    """Returns the operation by which a concrete function was just called in the current graph.
+
+    A control dependency on it waits for everything that the function does, while one on its
+    outputs waits for these only.
+    """
+    for op in reversed(tf.compat.v1.get_default_graph().get_operations()):
+        if op.type in ("StatefulPartitionedCall", "PartitionedCall"):
+            return op
+    return None
