@@ -50,8 +50,9 @@ class ModelAveragingStrategy(MixingStrategy):
         learners_per_device: How many learners each device of a worker has: 1 (the default), k, or
             "auto": `model.fit` first measures how many are worth while, by adding learners as long
             as each raises the throughput by more than a tenth, and prints what it has tried. Use
-            more than one where a small batch does not fill a device. Each takes the memory of a
-            model and an optimizer. In a custom loop, "auto" stands for 1; with several workers it
+            more than one where a small batch does not fill a device, on CPUs best with the
+            environment's TF_NUM_INTRAOP_THREADS=1. Each takes the memory of a model and an
+            optimizer. In a custom loop, "auto" stands for 1; with several workers it
             is refused.
         correction: alpha, which share of its distance from the central model a learner gives up.
             Default: `None`, for 1 / k with k learners in all. Lower it to let learners explore;
