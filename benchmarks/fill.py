@@ -198,14 +198,15 @@ def _cutoff_jobs(rows: Sequence[Row]) -> str:
 
 def _mixing_learners(rows: Sequence[Row]) -> str:
     """Returns what learners on a device came to, a line for each system."""
-    head = ["strategy", "learners", "devices", "batch", *_MIXING.values(), *_SEEDS_OF_MIXING]
-    lines = [head]
+    own = ["op threads", "strategy", "learners", "devices", "batch"]
+    lines = [[*own, *_MIXING.values(), *_SEEDS_OF_MIXING]]
     for row in rows:
         name = "MirroredStrategy" if row["strategy"] == "mirrored" else "ModelAveragingStrategy"
         learners = f"auto ({row['learners']})" if row["auto"] else str(row["learners"])
         if row["strategy"] == "mirrored":
             learners = ""
-        head = [name, learners, str(row["devices"]), str(row["batch_size"])]
+        threads = str(row["op_threads"] or "all")
+        head = [threads, name, learners, str(row["devices"]), str(row["batch_size"])]
         lines.append([*head, *_mixing_cells(row)])
     return f"Medians; images per second are those of all learners.\n\n{_markdown(lines)}"
 

@@ -58,7 +58,7 @@ def measure(
             if system.learners == "auto":
                 found = _peers(str(run["learners"]))
                 systems += [peer for peer in found if peer not in systems]
-    return [_row(system, runs[system], settings.batch_size) for system in systems]
+    return [_row(system, runs[system], settings) for system in systems]
 
 
 def _systems(learners: Sequence[str]) -> list[System]:
@@ -78,7 +78,7 @@ def _peers(learners: str) -> list[System]:
     return [System("mirrored", learners, int(learners)), System("mirrored", learners)]
 
 
-def _row(system: System, runs: Sequence[Run], batch_size: int) -> mixing_rows.Row:
+def _row(system: System, runs: Sequence[Run], settings: Settings) -> mixing_rows.Row:
     learners = statistics.median_low(run["learners"] for run in runs)
     is_mirrored = system.strategy == "mirrored"
     return {
@@ -88,7 +88,8 @@ def _row(system: System, runs: Sequence[Run], batch_size: int) -> mixing_rows.Ro
         "learners": learners,
         "auto": system.learners == "auto",
         "devices": system.devices,
-        "batch_size": batch_size * learners if is_mirrored else batch_size,
+        "op_threads": settings.op_threads,
+        "batch_size": settings.batch_size * (learners if is_mirrored else 1),
         "straggler": False,
         **mixing_rows.medians(runs),
     }
