@@ -74,7 +74,7 @@ def share(
     runs = -(-count // (sharers * learners)) if count >= 0 else None
     ends = count == tf.data.UNKNOWN_CARDINALITY
     spec, size = dataset.element_spec, None
-    if learners > 1 and batch_size is not None and not ends and _stacks(spec):
+    if learners > 1 and batch_size is not None and not ends and _stacks(spec, batch_size):
         # One element for each run is read sooner than one for each learner.
         size = batch_size
         dataset = dataset.rebatch(learners * size, drop_remainder=True)
@@ -82,9 +82,12 @@ def share(
     return Share(dataset.prefetch(ahead), size, spec, runs, ends, sharers * learners)
 
 
-def _stacks(spec: Any) -> bool:
-    """Returns whether batches can be put one behind the other."""
+def _stacks(spec: Any, size: int) -> bool:
+    """Returns whether batches of this size can be put one behind the other."""
     return all(
-        isinstance(s, tf.TensorSpec) and s.shape.rank and s.shape[1:].is_fully_defined()
+        isinstance(s, tf.TensorSpec)
+        and s.shape.rank
+        and s.shape[0] in (None, size)
+        and s.shape[1:].is_fully_defined()
         for s in tf.nest.flatten(spec)
     )
