@@ -58,7 +58,8 @@ class CentreSlice:
         self._index, self._dtype = given.slice, given.dtype
         self._policy = policy
         self._values = values.copy()
-        self._serials: dict[int, int] = {}
+        # By worker: its last request, and what became of it.
+        self._served: dict[int, tuple[int, int, int]] = {}
         self._lock = threading.Lock()
 
     def fits(self, request: pb.CentreRequest) -> bool:
@@ -86,7 +87,9 @@ class CentreSlice:
             # A worker may have values of a centre that died with its service.
             answer.staleness = max(0, self.version - request.version)
             if values is not None:
-                answer.verdict = self._verdict(worker, request.serial, answer.staleness)
+                answer.verdict, answer.staleness = self._verdict(
+                    worker, request.serial, answer.staleness
+                )
             if values is not None and answer.verdict == pb.CENTRE_DONE:
                 self._policy.mix(self._values, values, reply)
                 self.version += 1
@@ -95,12 +98,16 @@ class CentreSlice:
             answer.version = self.version
         return frame.seal(pb.ToWorker(centre_value=answer))
 
-    def _verdict(self, worker: int, serial: int, staleness: int) -> int:
+    def _verdict(self, worker: int, serial: int, staleness: int) -> tuple[int, int]:
+        """Returns what becomes of a request, and how stale it is."""
         # A worker whose stream broke cannot know whether its last request was served.
-        if self._serials.get(worker) == serial:
-            return pb.CENTRE_REPEATED
-        self._serials[worker] = serial
+        last, verdict, its_staleness = self._served.get(worker, (-1, 0, 0))
+        if last == serial:
+            repeated = verdict == pb.CENTRE_DONE
+            return pb.CENTRE_REPEATED if repeated else verdict, its_staleness
         is_admitted = self._policy.admits(staleness)
         if self._counts is not None:
             self._counts[worker].add(staleness, is_admitted)
-        return pb.CENTRE_DONE if is_admitted else pb.CENTRE_TOO_STALE
+        verdict = pb.CENTRE_DONE if is_admitted else pb.CENTRE_TOO_STALE
+        self._served[worker] = (serial, verdict, staleness)
+        return verdict, staleness

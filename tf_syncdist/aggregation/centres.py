@@ -193,4 +193,7 @@ class Centres:
 
     def _forget(self) -> None:
         wanted = set(self._at.values())
+        if self._expected():
+            # Who comes when all others have ended begins with what they came to.
+            wanted.add(max((k for k, c in self._centres.items() if c.is_there), default=(-1, -1)))
         self._centres = {k: c for k, c in self._centres.items() if k in wanted}

@@ -90,13 +90,15 @@ class CentreExchanger:
         """Returns what the service answers; see `Exchanger`."""
         del step
         centre, mixed = self._session.mix(values)
-        counts = self._counts
+        counts, is_mixed = self._counts, mixed.too_stale < mixed.slices
+        # Staleness is that of what was mixed, as the service counts it.
+        staleness = mixed.staleness if is_mixed else 0
         self._counts = counts._replace(
             exchanges=counts.exchanges + 1,
-            mixed=counts.mixed + (mixed.too_stale < mixed.slices),
+            mixed=counts.mixed + is_mixed,
             too_stale=counts.too_stale + (mixed.too_stale > 0),
-            staleness_sum=counts.staleness_sum + mixed.staleness,
-            staleness_max=max(counts.staleness_max, mixed.staleness),
+            staleness_sum=counts.staleness_sum + staleness,
+            staleness_max=max(counts.staleness_max, staleness),
         )
         return _copied(centre)
 

@@ -59,8 +59,9 @@ class FreeStrategy(MixingStrategy):
         self._session_options = session_options
         self._given: list[tf.Tensor] = []
         super().__init__(cluster_resolver, print_report=print_report, **credentials)
-        if self._learners.count > 1 and self._member is not None:
-            self._member.close()
+        if self._learners.count > 1:
+            if self._member is not None:
+                self._member.close()
             raise ValueError(
                 "Expected workers with one device each, since every worker trains one model. "
                 f"Received: {self._learners.count} devices. Start one worker per device (with "

@@ -3,6 +3,19 @@
 import tensorflow as tf
 
 
+def watch(variable: tf.Variable) -> None:
+    """Lets the graph that is being built know that it uses a variable.
+
+    It knows by itself of variables that are read, but not of those that are only updated.
+
+    Args:
+        variable: The variable.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    if hasattr(graph, "watch_variable"):
+        graph.watch_variable(variable)
+
+
 def add(variable: tf.Variable, value: tf.Tensor, factor: float) -> None:
     """Adds `factor * value` to a variable.
 
@@ -27,6 +40,7 @@ def add_with_momentum(
         value: A tensor of their shape and dtype.
         momentum: How much of the last move is kept.
     """
+    watch(move)
     tf.raw_ops.ResourceApplyMomentum(
         var=variable.handle,
         accum=move.handle,

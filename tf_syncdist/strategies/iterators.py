@@ -11,7 +11,7 @@ import tensorflow as tf
 from tf_syncdist.strategies import adapter
 
 
-class WorkerIterator(tf.data.Iterator):
+class WorkerIterator(tf.data.Iterator, tf.distribute.DistributedIterator):
     """Reads a dataset's iterator; each element may have parts, which become PerReplica values.
 
     Args:
@@ -36,6 +36,11 @@ class WorkerIterator(tf.data.Iterator):
         self.parts = parts
         self.size = size
         self._own_spec: WorkerIteratorSpec | None = None
+        if tf.executing_eagerly():
+            # A checkpoint of this one has where they are.
+            self._track_trackable(elements, "elements")
+            if count is not None:
+                self._track_trackable(count, "count")
 
     @property
     def element_spec(self) -> Any:
@@ -59,12 +64,12 @@ class WorkerIterator(tf.data.Iterator):
         """
         counted = [] if self.count is None else [self.count.get_next()]
         with tf.control_dependencies(counted):
-            found = [self.elements.get_next() for _ in range(self._reads)]
+            found = [self._again().get_next() for _ in range(self._reads)]
         if self.count is None and len(found) > 1 and not tf.executing_eagerly():
             # No learner begins with a rest before it is known that there are too few for all.
             last = tf.nest.flatten(found[-1], expand_composites=True)
-            with tf.control_dependencies(last):
-                found = tf.nest.map_structure(tf.identity, found, expand_composites=True)
+            with tf.control_dependencies([t for t in last if t is not None]):
+                found = tf.nest.map_structure(_identity, found, expand_composites=True)
         return self._together(found)
 
     def get_next_as_optional(self) -> tf.experimental.Optional:
@@ -103,6 +108,15 @@ class WorkerIterator(tf.data.Iterator):
         found._own_spec = self._own_spec if self.count is not None else None
         return found
 
+    def _again(self) -> tf.data.Iterator:
+        """Returns the iterator over the dataset, as one that was not read in this graph yet.
+
+        TensorFlow takes the 33rd read of one for a loop that does not end.
+        """
+        if self._reads == 1 or tf.executing_eagerly():
+            return self.elements
+        return tf.nest.map_structure(lambda t: t, self.elements, expand_composites=True)
+
     @property
     def _reads(self) -> int:
         return self.parts if self.size is None else 1
@@ -112,7 +126,9 @@ class WorkerIterator(tf.data.Iterator):
             return elements[0]
         if self.size is None:
             return adapter.per_replica(elements)
-        flat = [tf.split(t, self.parts) for t in tf.nest.flatten(elements[0])]
+        # Where they were read, or all of it would go through the first GPU.
+        with tf.device("/CPU:0"):
+            flat = [tf.split(t, self.parts) for t in tf.nest.flatten(elements[0])]
         return adapter.per_replica(
             [tf.nest.pack_sequence_as(elements[0], part) for part in zip(*flat, strict=True)]
         )
@@ -168,6 +184,10 @@ class WorkerIteratorSpec(tf.TypeSpec):
             for spec, part in zip(specs, components, strict=False)
         ]
         return WorkerIterator(*found, *[None] * (2 - len(found)), self._parts, self._size)
+
+
+def _identity(value: Any) -> Any:
+    return value if value is None else tf.identity(value)
 
 
 def parted(spec: Any, parts: int, size: int | None = None) -> Any:

@@ -3,7 +3,8 @@
 Batches stay as large as the user has made them: each goes to one learner. They are dealt out to
 workers in turn, and a run takes one for each learner of a worker. So an epoch of B batches has
 B / k runs with k learners in all, rounded up: the learners that have no batch of it left in its
-last run go on with the next pass over the data.
+last run go on with the next pass over the data. Where batches are put one behind the other to be
+read at once, a last one that is not full is filled up from the next pass, too.
 """
 
 from typing import Any, NamedTuple
@@ -74,7 +75,7 @@ def share(
     runs = -(-count // (sharers * learners)) if count >= 0 else None
     ends = count == tf.data.UNKNOWN_CARDINALITY
     spec, size = dataset.element_spec, None
-    if learners > 1 and batch_size is not None and not ends and _stacks(spec, batch_size):
+    if learners > 1 and batch_size is not None and not ends and stacks(spec, batch_size):
         # One element for each run is read sooner than one for each learner.
         size = batch_size
         dataset = dataset.rebatch(learners * size, drop_remainder=True)
@@ -82,8 +83,13 @@ def share(
     return Share(dataset.prefetch(ahead), size, spec, runs, ends, sharers * learners)
 
 
-def _stacks(spec: Any, size: int) -> bool:
-    """Returns whether batches of this size can be put one behind the other."""
+def stacks(spec: Any, size: int) -> bool:
+    """Returns whether batches of this size can be put one behind the other.
+
+    Args:
+        spec: What a batch is like.
+        size: How many examples it has.
+    """
     return all(
         isinstance(s, tf.TensorSpec)
         and s.shape.rank

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_syncdist.mixing import tuning
-from tf_syncdist.strategies import adapter, iterators
+from tf_syncdist.strategies import adapter, iterators, learner_inputs
 from tf_syncdist.strategies.learner_runs import LearnerRuns
 from tf_syncdist.strategies.learners import Learners
 from tf_syncdist.strategies.lifetime import say
@@ -86,11 +86,23 @@ def _first_batch(dataset: tf.data.Dataset, batch_size: int | None) -> Any:
     return None
 
 
+def _same_again(batch: Any, learners: int) -> iterators.WorkerIterator:
+    """Returns an iterator that gives one batch to all learners, over and over, read as in a fit."""
+    spec = tf.nest.map_structure(tf.type_spec_from_value, batch)
+    first = tf.nest.flatten(spec)[0]
+    size = first.shape[0] if isinstance(first, tf.TensorSpec) and first.shape.rank else None
+    if learners == 1 or size is None or not learner_inputs.stacks(spec, size):
+        same = tf.data.Dataset.from_tensors(batch).repeat().prefetch(2 * learners)
+        return iterators.WorkerIterator(iter(same), None, learners)
+    whole = tf.nest.map_structure(lambda t: tf.concat([t] * learners, 0), batch)
+    same = tf.data.Dataset.from_tensors(whole).repeat().prefetch(2)
+    return iterators.WorkerIterator(iter(same), None, learners, size)
+
+
 def _runs_per_second(
     model: keras.Model, batch: Any, learners: int, clock: Callable[[], float]
 ) -> float:
-    same = tf.data.Dataset.from_tensors(batch).repeat()
-    iterator = iterators.WorkerIterator(iter(same.prefetch(2 * learners)), None, learners)
+    iterator = _same_again(batch, learners)
     steps = model.steps_per_execution
     for _ in range(2):
         model.train_function(iterator)

@@ -208,6 +208,8 @@ class ModelAveragingStrategy(MixingStrategy):
         else:
             due = tf.equal(number.read_value() % self._period, 0)
             found = tf.cond(due, lambda: self._averaged(step), step.compute)
+        # Whoever joins counts on from it.
+        inplace.watch(number)
         number.assign_add(1, read_value=False)
         return found
 

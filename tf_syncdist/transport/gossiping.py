@@ -95,6 +95,8 @@ class Gossip:
         self._addresses = addresses
         self._random = np.random.default_rng([seed, worker])
         self._models: ModelFormat | None = None
+        # How many steps the model with which this worker began had behind it.
+        self._ahead = 0
         self.counts = GossipCounts()
 
     def start(
@@ -143,6 +145,8 @@ class Gossip:
             if found.model is not None:
                 model = found.model
                 self._server.publish(model)
+        if is_first:
+            self._ahead = model.step
         return model.values, found.models.key
 
     def _wait_for_model(
@@ -180,6 +184,7 @@ class Gossip:
         Returns:
             New arrays, or the very list that was given if nothing was mixed.
         """
+        step += self._ahead
         live, _ = self._look_around()
         parts = self._server.publish(Model(step, values))
         there = self._partners.present(
@@ -209,6 +214,7 @@ class Gossip:
             step: How many steps this worker has taken.
             values: Its model as flat arrays.
         """
+        step += self._ahead
         live, done = self._look_around()
         self._server.publish(Model(step, values))
         total = [np.zeros(v.size) for v in values]
@@ -233,11 +239,13 @@ class Gossip:
 
     def _found(self, models: ModelFormat, is_first: bool, of_lower: bool) -> _Found:
         """Looks for the model of the worker that is furthest, perhaps only of those below."""
-        live, _ = self._look_around()
+        live, done = self._look_around()
         found = []
         is_over = begins = False
         others = (
-            w for w in sorted(live) if w < self._worker or (w > self._worker and not of_lower)
+            w
+            for w in sorted({*live, *done})
+            if w < self._worker or (w > self._worker and not of_lower)
         )
         for worker in self._partners.present(others):
             reply = self._partners.greet(worker)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import grpc
 
+from tf_syncdist.errors import CredentialsError
 from tf_syncdist.proto import tf_syncdist_peers_pb2 as pb
 from tf_syncdist.transport import wire
 from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
@@ -169,6 +170,8 @@ class Partners:
             details = e.details() if hasattr(e, "details") else str(e)
             if not self._closed.is_set():
                 self._give_up(worker, f"{code.name}: {' '.join(str(details).split())[:500]}")
+        except CredentialsError as e:
+            self._give_up(worker, str(e))
         except ValueError:
             # The channel was closed meanwhile.
             pass
