@@ -11,6 +11,7 @@ import pytest
 from tf_syncdist.errors import ModelMismatchError
 from tf_syncdist.mixing.centre_policies import AsyncCentre, ElasticCentre, serialize
 from tf_syncdist.propagation.slices import Plan, TensorSpec, plan
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport.session import Session
 
 Serve = Callable[..., object]
@@ -176,6 +177,18 @@ def test_who_comes_late_begins_with_the_centre(serve: Serve) -> None:
     early[1].mix(one)
     late = service.session(2)
     assert same(late.open_centre(SPECS, cut(), model(2))[0], [v + 1 for v in model(0)])
+
+
+def test_who_comes_when_all_others_have_ended_begins_with_the_centre(serve: Serve) -> None:
+    service = serve(2, centre=serialize(AsyncCentre()))
+    first, second = service.sessions()
+    way = cut()
+    first.open_centre(SPECS, way, model(0))
+    trained, _ = first.mix([np.ones_like(v) for v in model(0)])
+    trained = [v.copy() for v in trained]
+    first.goodbye(pb.FINISHED, 1)
+    given, _ = second.open_centre(SPECS, way, model(1))
+    assert same(given, trained) and same(given, [v + 1 for v in model(0)])
 
 
 def test_a_new_process_begins_with_the_centre(serve: Serve) -> None:
