@@ -30,8 +30,12 @@ _MOST_SECONDS = 3600.0
 
 _NOT_OURS = "call that no correct worker makes"
 
+# Models come in parts of half of that.
+_MOST_MESSAGE_BYTES = 4 * 2**20
+
 _OPTIONS = (
-    *wire.CHANNEL_OPTIONS,
+    *(o for o in wire.CHANNEL_OPTIONS if o[0] != "grpc.max_receive_message_length"),
+    ("grpc.max_receive_message_length", _MOST_MESSAGE_BYTES),
     ("grpc.so_reuseport", 0),
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.max_connection_idle_ms", 600_000),
