@@ -95,8 +95,6 @@ class Gossip:
         self._addresses = addresses
         self._random = np.random.default_rng([seed, worker])
         self._models: ModelFormat | None = None
-        # How many steps the model with which this worker began had behind it.
-        self._ahead = 0
         self.counts = GossipCounts()
 
     def start(
@@ -145,8 +143,6 @@ class Gossip:
             if found.model is not None:
                 model = found.model
                 self._server.publish(model)
-        if is_first:
-            self._ahead = model.step
         return model.values, found.models.key
 
     def _wait_for_model(
@@ -184,7 +180,6 @@ class Gossip:
         Returns:
             New arrays, or the very list that was given if nothing was mixed.
         """
-        step += self._ahead
         live, _ = self._look_around()
         parts = self._server.publish(Model(step, values))
         there = self._partners.present(
@@ -214,7 +209,6 @@ class Gossip:
             step: How many steps this worker has taken.
             values: Its model as flat arrays.
         """
-        step += self._ahead
         live, done = self._look_around()
         self._server.publish(Model(step, values))
         total = [np.zeros(v.size) for v in values]
