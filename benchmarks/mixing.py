@@ -67,6 +67,9 @@ _TESTS = flags.DEFINE_integer("tests_per_epoch", 8, "Tests in a pass over the da
 _OP_THREADS = flags.DEFINE_integer(
     "op_threads", 0, "Threads for one operation, of the part learners; 0 is TensorFlow's default."
 )
+_CENTRAL_MOMENTUM = flags.DEFINE_float(
+    "central_momentum", 0.9, "Of the central model, in the part learners."
+)
 _STEP_SECONDS = flags.DEFINE_float("step_seconds", 0.02, "Sleep of a step.", lower_bound=0)
 _SLOW_FACTOR = flags.DEFINE_float("slow_factor", 10, "Times a slow step takes longer.")
 _MOST_SECONDS = flags.DEFINE_float("most_seconds", 40, "Seconds after which a run ends.")
@@ -123,6 +126,7 @@ def _measure_with(start: mixing_learners.Start) -> tuple[list[mixing_rows.Row], 
         tests_per_epoch=_TESTS.value,
         filters=[int(number) for number in _FILTERS.value],
         op_threads=_OP_THREADS.value,
+        central_momentum=_CENTRAL_MOMENTUM.value,
     )
     rows: list[mixing_rows.Row] = []
     failures: list[str] = []

@@ -82,7 +82,7 @@ def train(task: Task, settings: Settings, data: Dataset) -> dict[str, Any]:
     x, y = data.x_train[:whole], data.y_train[:whole]
     judge = mixing_task.Judge(data, settings)
     keras.utils.set_random_seed(task.seed)
-    strategy = _make_strategy(task, devices)
+    strategy = _make_strategy(task, devices, settings)
     with strategy.scope():
         model = mixing_task.build(x.shape[1:], settings)
         optimizer = keras.optimizers.SGD(settings.learning_rate, momentum=0.9)
@@ -119,8 +119,10 @@ def _make_devices(number: int) -> list[str]:
     return [f"CPU:{index}" for index in range(number)]
 
 
-def _make_strategy(task: Task, devices: list[str]) -> Any:
+def _make_strategy(task: Task, devices: list[str], settings: Settings) -> Any:
     if task.strategy == "mirrored":
         return tf.distribute.MirroredStrategy(devices)
     learners = "auto" if task.learners == "auto" else int(task.learners)
-    return tf_syncdist.ModelAveragingStrategy(learners, print_report=False)
+    return tf_syncdist.ModelAveragingStrategy(
+        learners, central_momentum=settings.central_momentum, print_report=False
+    )

@@ -89,6 +89,7 @@ def _row(system: System, runs: Sequence[Run], settings: Settings) -> mixing_rows
         "auto": system.learners == "auto",
         "devices": system.devices,
         "op_threads": settings.op_threads,
+        "central_momentum": None if is_mirrored else settings.central_momentum,
         "batch_size": settings.batch_size * (learners if is_mirrored else 1),
         "straggler": False,
         **mixing_rows.medians(runs),

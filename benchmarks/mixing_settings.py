@@ -17,6 +17,7 @@ class Settings(NamedTuple):
         tests_per_epoch: How often the model is tested in a pass over the data.
         filters: Filters of each convolution of the network.
         op_threads: Threads for one operation in the part learners; 0 for TensorFlow's default.
+        central_momentum: Of the central model in the part learners.
     """
 
     batch_size: int
@@ -27,3 +28,4 @@ class Settings(NamedTuple):
     tests_per_epoch: int
     filters: list[int]
     op_threads: int
+    central_momentum: float
