@@ -217,3 +217,23 @@ def test_two_levels_are_the_same_as_one(momentum: float) -> None:
 def test_a_drop_of_the_learning_rate_is_one_of_a_step_and_not_of_a_smooth_schedule() -> None:
     assert restarts(0.01, 0.1) and restarts(0.05, 0.1)
     assert not restarts(0.099, 0.1) and not restarts(0.2, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("central_momentum", "stable", "unstable"),
+    [(0.0, 1.8, 2.0), (0.5, 2.3, 2.5), (0.9, 0.2, 0.3)],
+)
+def test_momentum_twice_leaves_two_learners_a_smaller_learning_rate(
+    central_momentum: float, stable: float, unstable: float
+) -> None:
+    # Of the learning rate times the curvature; an optimizer with momentum 0.9 alone bears 3.8.
+    for rate, converges in ((stable, True), (unstable, False)):
+        models, velocities = np.ones((2, 1)), np.zeros((2, 1))
+        central = Central(np.ones(1), np.zeros(1))
+        for _ in range(2000):
+            velocities = 0.9 * velocities - rate * models
+            models, central = averaged(models, velocities, central, 0.5, central_momentum)
+            models = np.array(models)
+            if abs(central.model[0]) > 1e6:
+                break
+        assert (abs(central.model[0]) < 1e-3) == converges
