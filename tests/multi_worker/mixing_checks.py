@@ -138,7 +138,8 @@ def check_loops(found: JobResult) -> None:
     for name in ("run_in_function", "eager"):
         found.common("loops", name, "weights_sha256")
         for loop in found.each("loops", name):
-            assert loop["after"] < 0.9 * loop["before"]
+            # How far they come in so few steps depends on who meets whom.
+            assert loop["after"] < loop["before"]
             assert loop["steps"] == 2 * 480 // 16 // len(found.results)
 
 
