@@ -279,15 +279,6 @@ def test_all_begin_with_worker_0_and_late_ones_with_a_partner(mesh: Mesh) -> Non
     assert again.start(7.0) == 9.0
 
 
-def test_who_comes_late_begins_with_the_model_of_one_that_has_ended(mesh: Mesh) -> None:
-    first = mesh.add(0)
-    first.start(7.0)
-    first.server.publish(Model(50, filled(9.0)))
-    mesh.done, mesh.live = dict(mesh.live), {}
-    late = mesh.add(1)
-    assert late.start(1.0) == 9.0
-
-
 def test_nobody_to_begin_with_is_an_error(mesh: Mesh) -> None:
     with pytest.raises(WaitTimeoutError, match="a model to begin with"):
         mesh.add(1).start(1.0, seconds=0.3)

@@ -233,13 +233,11 @@ class Gossip:
 
     def _found(self, models: ModelFormat, is_first: bool, of_lower: bool) -> _Found:
         """Looks for the model of the worker that is furthest, perhaps only of those below."""
-        live, done = self._look_around()
+        live, _ = self._look_around()
         found = []
         is_over = begins = False
         others = (
-            w
-            for w in sorted({*live, *done})
-            if w < self._worker or (w > self._worker and not of_lower)
+            w for w in sorted(live) if w < self._worker or (w > self._worker and not of_lower)
         )
         for worker in self._partners.present(others):
             reply = self._partners.greet(worker)
