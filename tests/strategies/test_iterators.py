@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from tf_syncdist.strategies import adapter, inplace
+from tf_syncdist.strategies import adapter
 from tf_syncdist.strategies.iterators import WorkerIterator
 
 pytestmark = pytest.mark.timeout(120)
@@ -80,18 +80,3 @@ def test_a_checkpoint_has_where_it_is(tmp_path: Path) -> None:
     other = numbers(20, 2)
     tf.train.Checkpoint(iterator=other).read(path).assert_consumed()
     assert values(next(other)) == [2, 3]
-
-
-def test_a_graph_knows_what_is_only_updated() -> None:
-    model, move = tf.Variable([1.0]), tf.Variable([2.0])
-
-    @tf.function
-    def update() -> None:
-        inplace.add_with_momentum(model, move, tf.constant([3.0]), 0.5)
-        inplace.add(model, tf.constant([1.0]), -0.25)
-
-    graph = update.get_concrete_function().graph
-    assert any(v is move for v in graph.variables)
-    update()
-    assert move.numpy().tolist() == [4.0]
-    assert model.numpy().tolist() == [4.75]

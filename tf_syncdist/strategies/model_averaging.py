@@ -214,34 +214,29 @@ class ModelAveragingStrategy(MixingStrategy):
         return found
 
     def _averaged(self, step: Step) -> Any:
-        """Emits what `averaging.averaged_in_groups` says, for this worker's learners.
-
-        In place and in few operations: on a small model each costs more than what it computes.
-        """
+        """Emits what `averaging.averaged_in_groups` says, for this worker's learners."""
         central = step.central(step.trained)
         before = [v.read_value() for v in central]
         learners = [step.learner(n, step.trained) for n in range(step.num_learners)]
-        apart = [
-            [w.read_value() - z for w, z in zip(learner, before, strict=True)]
+        given = [
+            [averaging.correction_of(w.read_value(), z, self.correction)
+             for w, z in zip(learner, before, strict=True)]
             for learner in learners
-        ]
-        sums = [
-            tf.add_n(parts) * tf.cast(self.correction, parts[0].dtype)
-            for parts in zip(*apart, strict=True)
-        ]
+        ]  # fmt: skip
+        sums = [tf.add_n(parts) for parts in zip(*given, strict=True)]
         if self._member is not None:
             # What has been summed over this worker's learners travels while they compute.
             sums = self._runs.all_reduce(tf.distribute.ReduceOp.SUM, sums)
         found = step.compute()
-        for learner, own in zip(learners, apart, strict=True):
-            for variable, difference in zip(learner, own, strict=True):
-                inplace.add(variable, difference, -self.correction)
+        for learner, own in zip(learners, given, strict=True):
+            for variable, part in zip(learner, own, strict=True):
+                variable.assign_sub(part, read_value=False)
         for variable, container, total in zip(central, step.trained, sums, strict=True):
             if self._momentum:
                 move = self._moves.of(container, container.shape, container.dtype)
-                inplace.add_with_momentum(variable, move, total, self._momentum)
+                inplace.move(variable, move, total, self._momentum)
             else:
-                inplace.add(variable, total, 1.0)
+                variable.assign_add(total, read_value=False)
         return found
 
     def _restart_if_rates_dropped(self, step: Step) -> None:
