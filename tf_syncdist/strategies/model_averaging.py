@@ -12,7 +12,7 @@ from tf_syncdist.observability.mixing_reports import MixingReport, averaging_rep
 from tf_syncdist.propagation import FifoPropagation
 from tf_syncdist.propagation import serialize as serialize_propagation
 from tf_syncdist.propagation.policies import cutter
-from tf_syncdist.strategies import adapter, inplace, keras_calls, options
+from tf_syncdist.strategies import adapter, keras_calls, options
 from tf_syncdist.strategies.learner_runs import Step
 from tf_syncdist.strategies.learner_tuning import tune
 from tf_syncdist.strategies.mixing_state import MadeVariables, MixingState
@@ -208,9 +208,8 @@ class ModelAveragingStrategy(MixingStrategy):
         else:
             due = tf.equal(number.read_value() % self._period, 0)
             found = tf.cond(due, lambda: self._averaged(step), step.compute)
-        # Whoever joins counts on from it.
-        inplace.watch(number)
-        number.assign_add(1, read_value=False)
+        # A graph knows of what it reads; so whoever joins counts on from it.
+        number.assign(number.read_value() + 1, read_value=False)
         return found
 
     def _averaged(self, step: Step) -> Any:
@@ -231,12 +230,18 @@ class ModelAveragingStrategy(MixingStrategy):
         for learner, own in zip(learners, given, strict=True):
             for variable, part in zip(learner, own, strict=True):
                 variable.assign_sub(part, read_value=False)
-        for variable, container, total in zip(central, step.trained, sums, strict=True):
-            if self._momentum:
-                move = self._moves.of(container, container.shape, container.dtype)
-                inplace.move(variable, move, total, self._momentum)
-            else:
-                variable.assign_add(total, read_value=False)
+        for variable, container, model, total in zip(
+            central, step.trained, before, sums, strict=True
+        ):
+            if not self._momentum:
+                variable.assign(model + total, read_value=False)
+                continue
+            move = self._moves.of(container, container.shape, container.dtype)
+            after = averaging.moved(
+                averaging.Central(model, move.read_value()), total, self._momentum
+            )
+            variable.assign(after.model, read_value=False)
+            move.assign(after.move, read_value=False)
         return found
 
     def _restart_if_rates_dropped(self, step: Step) -> None:
