@@ -128,6 +128,9 @@ def test_the_report_counts_draws(jobs: Jobs) -> None:
         for worker, report in enumerate(jobs[name].each("report")):
             own = report["own"]
             assert own["exchanges"] == report["runs"] == 2 * turns.count(worker)
-            assert 0 < own["with_itself"] < own["exchanges"]
-            assert own["mixed"] > 0 and own["failed"] == 0
+            assert own["with_itself"] <= own["exchanges"] and own["failed"] == 0
             assert report["centre_bytes"] == 0 and report["workers"] == []
+        # One worker alone may draw itself, or another one, every time.
+        all_own = jobs[name].each("report", "own")
+        assert 0 < sum(own["with_itself"] for own in all_own) < 2 * len(turns)
+        assert sum(own["mixed"] for own in all_own) > 0

@@ -348,10 +348,12 @@ def test_a_later_training_begins_with_one_model(mesh: Mesh) -> None:
         peer.start(0.0)
     assert peers[2].start(12.0, key=(2, 0), is_first=False) == 12.0
     assert [p.start(10.0 + p.worker, key=(2, 0), is_first=False) for p in peers[:2]] == [12.0] * 2
-    for revision in range(1, 9):
+    for revision in range(1, 60):
         begun: dict[int, float] = {}
 
         def begin(peer: Peer, revision: int = revision, begun: dict = begun) -> None:
+            # In another order every time.
+            time.sleep((revision + peer.worker) % 3 * 0.001)
             value = 10.0 + peer.worker
             begun[peer.worker] = peer.start(value, key=(2, revision), is_first=False)
 

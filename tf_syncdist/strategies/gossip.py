@@ -42,7 +42,8 @@ class GossipStrategy(FreeStrategy):
     Args:
         mode: "pull" (the default) averages with the model that the partner shows: it mixes faster,
             and only the worker itself waits for the network. "push" hands the own model over, and
-            averages with all that others have handed over meanwhile.
+            averages with all that others have handed over meanwhile: take it if some workers are
+            much slower than others, whose old models would hold back those that pull them.
         period: Models are mixed in one of so many runs, from 1 (the default). Raise it if the
             network, not the computation, sets the pace; models are then further apart.
         partners: The workers among which each draws its partner: "uniform" (the default) for all,

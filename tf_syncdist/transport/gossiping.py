@@ -137,8 +137,9 @@ class Gossip:
         self._models = found.models
         model = found.model or Model(0, values)
         self._server.publish(model)
-        if found.model is None and not is_first:
-            # One of lower index may have begun after the look at it, and not have seen this model.
+        if not is_first and (found.model is None or not found.model.step):
+            # One of lower index may have begun after the look at it, and not have seen this model;
+            # who has given this worker its model may leave it for that one's.
             found = self._wait_for_model(models, False, deadline, timeout_seconds, check, True)
             if found.model is not None:
                 model = found.model
