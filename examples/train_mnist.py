@@ -54,6 +54,12 @@ flags.DEFINE_enum(
     "models, and a batch is that of a worker, not of all.",
 )
 flags.DEFINE_string(
+    "learners_per_device",
+    None,
+    "With --strategy=model_averaging: how many learners each device has, 1 by default; auto lets "
+    "fit find out.",
+)
+flags.DEFINE_string(
     "slow_worker",
     None,
     "INDEX:SECONDS[:PROBABILITY] delays the training steps of that worker, like a slow machine.",
@@ -111,6 +117,18 @@ def parse_slowness(flag: str, text: str | None) -> Slowness | None:
     return slow
 
 
+def parse_learners(text: str) -> int | str:
+    """Returns the number of learners that --learners_per_device gives, or "auto"."""
+    if text == "auto":
+        return text
+    if not text.isdecimal() or not int(text):
+        raise ValueError(
+            "--learners_per_device: expected a number from 1, or auto. Received: "
+            f"{text!r}. Write for example --learners_per_device=2."
+        )
+    return int(text)
+
+
 class Sleeper:
     """Sleeps now and then, each worker in its own pattern."""
 
@@ -159,8 +177,14 @@ def make_strategy() -> Any:
             f"workers' gradients. Received: {FLAGS.backup_workers} with "
             f"--strategy={FLAGS.strategy}. Leave one of the two out."
         )
+    if FLAGS.strategy == "model_averaging":
+        return tf_syncdist.ModelAveragingStrategy(parse_learners(FLAGS.learners_per_device or "1"))
+    if FLAGS.learners_per_device:
+        raise ValueError(
+            "--learners_per_device: expected none but with --strategy=model_averaging. Received: "
+            f"{FLAGS.learners_per_device} with --strategy={FLAGS.strategy}. Leave it out."
+        )
     return {
-        "model_averaging": tf_syncdist.ModelAveragingStrategy,
         "elastic_averaging": tf_syncdist.ElasticAveragingStrategy,
         "gossip": tf_syncdist.GossipStrategy,
         "async": tf_syncdist.AsyncStrategy,

@@ -78,12 +78,21 @@ def test_mnist_is_learned_by_two_workers(tmp_path: Path) -> None:
     assert first["metrics"]["test_accuracy"] > 0.95
 
 
-@pytest.mark.parametrize("strategy", ["model_averaging", "elastic_averaging", "gossip", "async"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "model_averaging",
+        "model_averaging --learners_per_device=auto",
+        "elastic_averaging",
+        "gossip",
+        "async",
+    ],
+)
 def test_every_other_strategy_learns_with_default_flags(tmp_path: Path, strategy: str) -> None:
     flags, least = ["--epochs=4"], 0.8
     if MNIST.is_dir():
         flags, least = [f"--data_dir={MNIST}", "--model=cnn", "--epochs=1"], 0.93
-    found = _launch(tmp_path, 2, "train_mnist.py", f"--strategy={strategy}", *flags)
+    found = _launch(tmp_path, 2, "train_mnist.py", *f"--strategy={strategy}".split(), *flags)
     for summary in found:
         assert summary["metrics"]["test_accuracy"] > least
         assert summary["rounds"] == summary["contributed"] > 0

@@ -171,6 +171,13 @@ def test_slow_worker_flag(
     assert train_mnist.parse_slowness("slow_worker", text) == expected
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many"])
+def test_bad_learners_flag(train_mnist: ModuleType, text: str) -> None:
+    assert train_mnist.parse_learners("2") == 2 and train_mnist.parse_learners("auto") == "auto"
+    with pytest.raises(ValueError, match="expected a number from 1, or auto. Received: '"):
+        train_mnist.parse_learners(text)
+
+
 @pytest.mark.parametrize(
     "text", ["", "2", "a:1", "1:b", "1:1:x", "1:1:1:1", "-1:1", "1:-1", "1:inf", "1:1:2", "1:nan"]
 )

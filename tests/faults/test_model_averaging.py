@@ -15,9 +15,12 @@ pytestmark = pytest.mark.timeout(290)
 STEPS, EPOCHS = 20, 3
 
 
-def run(directory: Path, plan: Faults, min_workers: int = 1, **how: Any) -> FaultyJob:
+def run(
+    directory: Path, plan: Faults, learners: int | str = 2, min_workers: int = 1, **how: Any
+) -> FaultyJob:
     """Runs a job to its end."""
     arguments = {
+        "learners": learners,
         "steps": STEPS,
         "epochs": EPOCHS,
         "step_seconds": 0.02,
@@ -41,6 +44,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
         "workers": {
             "plan": Faults().kill(worker=1, at_round=22).restart().kill(worker=0, at_round=40),
             "workers": 3,
+            "learners": "auto",
         },
         "services": {"plan": services, "workers": 2, "min_workers": 2},
         "child": {
@@ -74,6 +78,11 @@ def test_workers_that_come_again_take_over_the_central_model(jobs: Jobs) -> None
         assert second.result["epochs"][-1] == EPOCHS - 1
     for result in job.results().values():
         assert max(result["apart"]) < 1 and result["loss"] < 2
+    # They have as many learners as the others have found to be worth while.
+    everywhere = [n for lives in job.lives.values() for n in lives if n.result]
+    assert len(everywhere) >= 3
+    assert len({life.result["learners"] for life in everywhere}) == 1
+    assert job.text.count("learners per device\n") == 1
 
 
 @pytest.mark.parametrize("name", ["services", "child"])

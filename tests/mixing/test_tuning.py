@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from tf_syncdist.mixing.tuning import Tuner, measured, table
+from tf_syncdist.mixing.tuning import Tuner, agreed, measured, table
 
 
 def tuned(throughput: Callable[[int], float], most: int = 100) -> Tuner:
@@ -49,6 +49,27 @@ def test_it_stays_where_it_is_when_it_is_done() -> None:
     tuner = tuned(lambda m: 1.0)
     assert tuner.learners == 1
     assert measured(tuner, 1e9) == tuner
+
+
+@pytest.mark.parametrize(
+    ("tables", "learners", "throughputs"),
+    [
+        ([[100, 150, 155]], 2, [100, 150, 155]),
+        # The slowest worker sets the pace, whichever that is with so many learners.
+        ([[100, 150, 155], [80, 160, 170]], 2, [160, 300, 310]),
+        ([[100, 101], [50, 70, 100, 101]], 2, [100, 140]),
+        ([[100, 101], [99, 150, 200, 201]], 1, [198, 202]),
+        ([[100, 150, 155], []], 1, []),
+        ([], 1, []),
+    ],
+)
+def test_workers_agree_on_a_number(
+    tables: list[list[float]], learners: int, throughputs: list[float]
+) -> None:
+    tuner = agreed(tables)
+    assert tuner.done and tuner.learners == learners
+    assert [t.throughput for t in tuner.trials] == throughputs
+    assert agreed(tables[::-1]) == tuner
 
 
 def test_the_table_has_a_line_for_each_trial_and_says_what_is_kept() -> None:

@@ -24,6 +24,7 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     wanted = {
         "together": {"workers": 2, "arguments": {"learners": 2, "cases": ALL}},
         "on_devices": {"workers": 2, "ps": 1, "arguments": on_devices},
+        "auto": {"workers": 2, "arguments": {"learners": "auto", "cases": ("sgd", "report")}},
         "alone_on_devices": {"workers": 0, "arguments": alone},
     }
     with Jobs("averaging.py", tmp_path_factory, wanted) as started:
@@ -55,6 +56,22 @@ def test_learners_on_two_devices_of_one_process_follow_the_rule(jobs: Jobs) -> N
     for loop in ("graph", "eager", "from_function"):
         assert found["loops"][loop]["difference"] < 1e-5
         assert found["loops"][loop]["runs"] == 3
+
+
+def test_workers_agree_on_how_many_learners_they_have(jobs: Jobs) -> None:
+    job = jobs["auto"]
+    learners = job.common("sgd", "learners")
+    assert learners % 2 == 0 and learners >= 2
+    # Nothing is left of what was trained to measure.
+    for found in job.each("sgd"):
+        check_trajectory(found, learners)
+    job.common("sgd", "weights_sha256")
+    assert job.common("report", "averaged") == job.common("sgd", "runs")
+    table = job.logs["worker 0"].partition("learners per device\n")[2].splitlines()
+    assert table[0].split() == ["learners", "examples/s", "gain"]
+    (kept,) = [line.split()[0] for line in table if line.endswith("<- kept")]
+    assert int(kept) == learners // 2
+    assert "learners per device" not in job.logs["worker 1"]
 
 
 def check_trajectory(found: dict[str, Any], learners: int) -> None:
@@ -165,5 +182,3 @@ def test_a_report_says_how_often_learners_were_averaged(jobs: Jobs) -> None:
 def test_what_several_workers_cannot_do_is_refused(together: JobResult) -> None:
     for found in together.each("refused"):
         assert "Received: jit_compile=True" in found["jit_compile"]
-        assert 'Received: learners_per_device="auto"' in found["auto"]
-        assert "Find the number with one worker and give it to all" in found["auto"]

@@ -8,7 +8,9 @@ from tf_syncdist.aggregation.records import RoundError
 from tf_syncdist.cutoff import CutoffPolicy, Plan, SliceView
 
 # The numbers are those of the contract.
-START, PROPAGATION = 2, 4
+START, PROPAGATION, LEARNERS = 2, 4, 5
+# What the job has chosen for good, from what was gathered.
+_KEPT = (PROPAGATION, LEARNERS)
 
 # A worker waits for what comes of a gather before it takes part in another one.
 _MOST_OPEN = 4
@@ -228,14 +230,14 @@ class Gathers:
         gone = [
             k
             for k, gather in self._gathers.items()
-            if gather.closed and gather.run < done and k.kind != PROPAGATION
+            if gather.closed and gather.run < done and k.kind not in _KEPT
         ]
         for key in gone:
             del self._gathers[key]
         return gone
 
     def _forget_old(self) -> None:
-        closed = [k for k, g in self._gathers.items() if g.closed and k.kind != PROPAGATION]
+        closed = [k for k, g in self._gathers.items() if g.closed and k.kind not in _KEPT]
         for key in closed[:-_MOST_CLOSED]:
             del self._gathers[key]
 

@@ -4,6 +4,7 @@ References:
     Koliousis et al.: CROSSBOW, arXiv 1901.02244, auto-tuning of learners per GPU.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 GAIN = 0.10
@@ -59,6 +60,31 @@ def measured(tuner: Tuner, throughput: float, gain: float = GAIN, most: int = 2*
     if tuner.learners >= most:
         return Tuner(tuner.learners, True, trials)
     return Tuner(tuner.learners + 1, False, trials)
+
+
+def agreed(tables: Sequence[Sequence[float]], gain: float = GAIN, most: int = 2**31) -> Tuner:
+    """Returns how many learners a device of each worker is given, from what each has measured.
+
+    Workers wait for one another in every run, so the slowest one sets the pace of all: the job's
+    throughput is that worker's, times the workers. What not every worker has tried is not chosen.
+
+    Args:
+        tables: For each worker its examples per second with 1, 2, ... learners.
+        gain: See `measured`.
+        most: See `measured`.
+
+    Example:
+
+    >>> agreed([[100.0, 190.0, 200.0], [90.0, 120.0, 125.0]]).learners
+    2
+    """
+    tuner = Tuner()
+    common = [len(tables) * min(rates) for rates in zip(*tables, strict=False)]
+    for throughput in common:
+        tuner = measured(tuner, throughput, gain, most)
+    if tuner.done:
+        return tuner
+    return Tuner(max(len(common), 1), True, tuner.trials)
 
 
 def table(tuner: Tuner) -> str:

@@ -1,6 +1,7 @@
 """Turns `strategy.run(fn)` into a run in which every learner of a worker makes its own step."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -70,6 +71,9 @@ class LearnerRuns(Runs):
         on_use: Called, outside of runs, with a variable before it is read or written.
         on_write: Called, outside of runs, with a variable after it was written.
         others: See `Runs`.
+
+    Attributes:
+        is_alone: Whether what is traced now is no part of a job.
     """
 
     def __init__(
@@ -87,6 +91,16 @@ class LearnerRuns(Runs):
         self._on_outside_use = on_use
         self._on_outside_write = on_write
         self._kept: dict[Any, LearnerStep] | None = None
+        self.is_alone = False
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Lets runs be traced that this worker does for itself, as if it were the only one."""
+        self.is_alone = True
+        try:
+            yield
+        finally:
+            self.is_alone = False
 
     def keep_traces(self, keeps: bool) -> None:
         """Lets a function that is traced again for another number of learners be traced once.

@@ -1,4 +1,8 @@
-"""Finds out how many learners a device is given, before a fit begins."""
+"""Finds out how many learners a device is given, before a fit begins.
+
+Several workers measure at the same time, each for itself, and then choose alike from the figures of
+all. A worker that comes later is told these by the service, which keeps them for the whole job.
+"""
 
 import time
 from collections.abc import Callable
@@ -9,10 +13,12 @@ import numpy as np
 import tensorflow as tf
 
 from tf_syncdist.mixing import tuning
+from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.strategies import adapter, iterators, learner_inputs
 from tf_syncdist.strategies.learner_runs import LearnerRuns
 from tf_syncdist.strategies.learners import Learners
 from tf_syncdist.strategies.lifetime import say
+from tf_syncdist.transport.session import Session
 
 # Each measurement is the median of so many, of so many seconds or more, each.
 _WINDOWS, _WINDOW_SECONDS = 5, 0.04
@@ -26,12 +32,14 @@ def tune(
     model: keras.Model,
     dataset: tf.data.Dataset,
     batch_size: int | None,
+    session: Session | None = None,
+    run: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
-    """Returns how many learners this worker should have, and says what it has tried.
+    """Returns how many learners this worker should have, and says what was tried.
 
     It trains with a batch of the training input over and over, while learners are added; then all
-    variables are what they were. Nothing travels meanwhile.
+    variables are what they were. No value of a model travels meanwhile.
 
     Args:
         runs: Its runs.
@@ -39,12 +47,54 @@ def tune(
         model: The model that is about to be trained.
         dataset: Its input, batched.
         batch_size: The size of its batches, if that is known.
+        session: The connection to the service, if there are several workers.
+        run: How many runs this worker has done.
         clock: Returns the time in seconds; monotonic.
     """
+    tells = True
+    if session is None:
+        tuner = _tried(runs, learners, model, dataset, batch_size, clock)
+    else:
+        mine: list[float] = []
+        is_late = session.wait_started().in_progress
+        # Who comes late is told what the job has chosen.
+        if not is_late:
+            with runs.alone():
+                tried = _tried(runs, learners, model, dataset, batch_size, clock)
+            mine = [trial.throughput for trial in tried.trials]
+            # What was traced here would go on without the others.
+            model.make_train_function(force=True)
+        tuner = tuning.agreed(_gathered(session, run, mine), most=_MOST)
+        tells = not session.config.worker and not is_late
+    learners.resize(tuner.learners * learners.num_devices)
+    learners.restart()
+    if tells and tuner.trials:
+        say("learners per device\n" + tuning.table(tuner))
+    elif tells:
+        say("learners_per_device='auto' is 1, since input of unknown length is not read twice")
+    return learners.count
+
+
+def _gathered(session: Session, run: int, mine: list[float]) -> list[list[float]]:
+    """Returns what workers have measured, without those that have not."""
+    rates = np.zeros((session.config.num_workers, _MOST))
+    rates[session.config.worker, : len(mine)] = mine
+    found = session.gather(pb.LEARNERS, 0, run, values=rates.reshape(-1)).values
+    return [[r for r in row if r] for row in found.reshape(rates.shape) if row.any()]
+
+
+def _tried(
+    runs: LearnerRuns,
+    learners: Learners,
+    model: keras.Model,
+    dataset: tf.data.Dataset,
+    batch_size: int | None,
+    clock: Callable[[], float],
+) -> tuning.Tuner:
+    """Returns what this worker has tried; nothing if its input cannot be read twice."""
     batch = _first_batch(dataset, batch_size)
     if batch is None:
-        say("learners_per_device='auto' is 1, since input of unknown length is not read twice")
-        return learners.num_devices
+        return tuning.Tuner()
     adapter.build(model, batch)
     model.make_train_function(force=True)
     before = [(v, [c.numpy() for c in adapter.components(v)]) for v in runs.registry.alive()]
@@ -60,9 +110,7 @@ def tune(
         runs.keep_traces(False)
         learners.resize(tuner.learners * learners.num_devices)
         _restore(runs, before)
-        learners.restart()
-    say("learners per device\n" + tuning.table(tuner))
-    return learners.count
+    return tuner
 
 
 def _restore(runs: LearnerRuns, before: list[tuple[tf.Variable, list[np.ndarray]]]) -> None:

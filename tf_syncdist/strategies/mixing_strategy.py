@@ -197,7 +197,8 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
         emit = functools.partial(
             self._runs.emit, fn, lambda a, k: once(converted, a, k, options), args, kwargs
         )
-        return emit() if self._member is None else self._in_job(emit, (args, kwargs))
+        alone = self._member is None or self._runs.is_alone
+        return emit() if alone else self._in_job(emit, (args, kwargs))
 
     def _as_graph(self, fn: Callable) -> Callable:
         owner, function = getattr(fn, "__self__", fn), getattr(fn, "__func__", fn)

@@ -52,8 +52,8 @@ class ModelAveragingStrategy(MixingStrategy):
             as each raises the throughput by more than a tenth, and prints what it has tried. Use
             more than one where a small batch does not fill a device, on CPUs best with the
             environment's TF_NUM_INTRAOP_THREADS=1. Each takes the memory of a model and an
-            optimizer. In a custom loop, "auto" stands for 1; with several workers it
-            is refused.
+            optimizer. Several workers measure at the same time and choose alike, by the slowest
+            of them. In a custom loop, "auto" stands for 1.
         correction: alpha, which share of its distance from the central model a learner gives up.
             Default: `None`, for 1 / k with k learners in all. Lower it to let learners explore;
             from 2 / (k + 1) on, averaging overshoots.
@@ -160,12 +160,6 @@ class ModelAveragingStrategy(MixingStrategy):
 
     def _session_config(self, credentials: Credentials) -> SessionConfig:
         role = self._role
-        if self._tunes:
-            raise ValueError(
-                "Expected a number for `learners_per_device` with several workers, since "
-                "each would measure for itself and they have to agree. Received: "
-                'learners_per_device="auto". Find the number with one worker and give it to all.'
-            )
         options.check_faults(
             self._options["min_workers"], self._options["detection_seconds"], role.num_workers
         )
@@ -223,7 +217,7 @@ class ModelAveragingStrategy(MixingStrategy):
             for learner in learners
         ]  # fmt: skip
         sums = [tf.add_n(parts) for parts in zip(*given, strict=True)]
-        if self._member is not None:
+        if self._member is not None and not self._runs.is_alone:
             # What has been summed over this worker's learners travels while they compute.
             sums = self._runs.all_reduce(tf.distribute.ReduceOp.SUM, sums)
         found = step.compute()
@@ -303,7 +297,10 @@ class ModelAveragingStrategy(MixingStrategy):
         if not self._tunes:
             return
         self._tunes = False
-        tune(self._runs, self._learners, call.model, dataset, call.batch_size)
+        session, run = None, 0
+        if self._member is not None:
+            session, run = self._member.session, self._controller.run
+        tune(self._runs, self._learners, call.model, dataset, call.batch_size, session, run)
         self._warn_if_unstable()
 
 

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.proto import tf_syncdist_peers_pb2 as peers_pb
 
-PROTOCOL = 6
+PROTOCOL = 7
 SERVICE = "tf_syncdist.v1.Aggregation"
 TRAIN = f"/{SERVICE}/Train"
 REPORT = f"/{SERVICE}/Report"

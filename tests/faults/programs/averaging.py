@@ -2,6 +2,7 @@
 
 import member
 import numpy as np
+import tensorflow as tf
 
 import tf_syncdist
 
@@ -21,19 +22,19 @@ class Trace(member.Trace):
 def main() -> None:
     arguments = member.ARGUMENTS
     patience = {k: v for k, v in member.PATIENCE.items() if k != "bucket_bytes"}
-    strategy = tf_syncdist.ModelAveragingStrategy(2, **patience)
-    batches = arguments["steps"] * strategy.num_learners
-    x = np.random.RandomState(1).randn(BATCH_SIZE * batches, 16).astype("float32")
+    strategy = tf_syncdist.ModelAveragingStrategy(arguments["learners"], **patience)
+    steps = arguments["steps"]
+    x = np.random.RandomState(1).randn(BATCH_SIZE * 4 * steps, 16).astype("float32")
+    # However many learners there are.
+    data = tf.data.Dataset.from_tensor_slices((x, x[:, :4])).batch(BATCH_SIZE).repeat()
     model, optimizer = member.model_and_optimizer(strategy)
     with strategy.scope():
         model.compile(optimizer, "mse")
     trace = Trace(optimizer, model.trainable_variables)
     history = model.fit(
-        x,
-        x[:, :4],
-        batch_size=BATCH_SIZE,
+        data,
         epochs=arguments["epochs"],
-        shuffle=False,
+        steps_per_epoch=steps,
         verbose=0,
         callbacks=[member.Callback(trace)],
     )
@@ -43,6 +44,7 @@ def main() -> None:
         optimizer,
         optimizer_sha256="each worker's own",
         epochs=history.epoch,
+        learners=strategy.learners_per_worker,
         apart=strategy.distances(),
         loss=history.history["loss"][-1],
     )

@@ -25,7 +25,12 @@ if DEVICES > 1:
     tf.config.set_logical_device_configuration(cpu, configuration)
 PATIENCE = {k: v for k, v in task.patience().items() if k != "bucket_bytes"}
 strategy = tf_syncdist.ModelAveragingStrategy(task.ARGUMENTS["learners"], **RULE, **PATIENCE)
-EACH = strategy.learners_per_worker
+
+
+def each() -> int:
+    """Returns how many learners a worker has."""
+    return strategy.learners_per_worker
+
 
 random = np.random.RandomState(0)
 X = random.randn(BATCH * BATCHES, 6).astype("float32")
@@ -104,12 +109,13 @@ def trajectory(optimizer: Callable) -> dict[str, Any]:
         )
     rule = reference(optimizer, weights)
     differences, apart = [], []
-    for run, batches in enumerate(dealt(PARTS, strategy.num_workers, EACH, len(trace.values))):
+    for run, batches in enumerate(dealt(PARTS, strategy.num_workers, each(), len(trace.values))):
         rule.step(batches)
         differences.append(distance(rule.central(), trace.values[run]))
-        mine = rule.models[strategy.worker_index * EACH :][:EACH]
+        mine = rule.models[strategy.worker_index * each() :][: each()]
         apart.append(distance([relative(m, rule.central()) for m in mine], trace.apart[run]))
     return {
+        "learners": strategy.num_learners,
         "runs": len(trace.values),
         "announced": trace.announced,
         "difference": max(differences),
@@ -178,9 +184,9 @@ def statistics() -> dict[str, Any]:
     given = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
     history = model.fit(X, Y, callbacks=[note], **given)
     means, mine = np.zeros((strategy.num_learners, 6)), []
-    for batches in dealt(PARTS, strategy.num_workers, EACH, len(seen)):
+    for batches in dealt(PARTS, strategy.num_workers, each(), len(seen)):
         means = 0.5 * means + 0.5 * np.array([b[0].mean(0) for b in batches])
-        mine.append(means[strategy.worker_index * EACH :][:EACH].mean(0))
+        mine.append(means[strategy.worker_index * each() :][: each()].mean(0))
     return {
         "own": distance(mine, seen),
         "at_the_end": distance([means.mean(0)], [norm.moving_mean.numpy()]),
@@ -201,7 +207,7 @@ def averages() -> dict[str, Any]:
     rule = reference(averaging_sgd, model.get_weights())
     given = {"batch_size": BATCH, "epochs": 2, "shuffle": False, "verbose": 0}
     model.fit(X, Y, **given)
-    for batches in dealt(PARTS, strategy.num_workers, EACH, 6):
+    for batches in dealt(PARTS, strategy.num_workers, each(), 6):
         rule.step(batches)
     for learner in rule.models:
         learner.optimizer.finalize_variable_values(learner.trainable_variables)
@@ -291,7 +297,7 @@ def loops() -> dict[str, Any]:
         call = step if name == "eager" else tf.function(step)
         losses = [float(call(batch)) for batch in shares]
         rule = reference(sgd, weights)
-        for batches in dealt(PARTS, strategy.num_workers, EACH, len(losses)):
+        for batches in dealt(PARTS, strategy.num_workers, each(), len(losses)):
             rule.step(batches)
         values = [v.numpy() for v in model.trainable_variables]
         results[name] = {
@@ -348,7 +354,6 @@ def refused() -> dict[str, str]:
         model.compile(sgd(), "mse", jit_compile=True)
     for name, wrong in {
         "jit_compile": lambda: model.fit(X, Y, batch_size=BATCH, verbose=0),
-        "auto": lambda: tf_syncdist.ModelAveragingStrategy("auto", **PATIENCE),
     }.items():
         try:
             wrong()
