@@ -279,6 +279,23 @@ def test_all_begin_with_worker_0_and_late_ones_with_a_partner(mesh: Mesh) -> Non
     assert again.start(7.0) == 9.0
 
 
+def test_who_comes_when_all_others_have_ended_begins_where_they_have_come_to(mesh: Mesh) -> None:
+    first = mesh.add(0)
+    first.start(7.0)
+    first.server.publish(Model(50, filled(9.0)))
+    mesh.done, mesh.live = dict(mesh.live), {}
+    assert mesh.add(1).start(1.0) == 9.0
+    # While anybody takes part, those that have ended are not looked at.
+    first.server.publish(Model(60, filled(11.0)))
+    assert mesh.add(2).start(1.0) == 9.0
+    first.close()
+    mesh.live = {}
+    begun = time.monotonic()
+    with pytest.raises(WaitTimeoutError, match="came when all others had ended"):
+        mesh.add(1).start(1.0, seconds=60.0)
+    assert time.monotonic() - begun < 20
+
+
 def test_nobody_to_begin_with_is_an_error(mesh: Mesh) -> None:
     with pytest.raises(WaitTimeoutError, match="a model to begin with"):
         mesh.add(1).start(1.0, seconds=0.3)

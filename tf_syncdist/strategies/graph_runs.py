@@ -71,11 +71,16 @@ def run_in_graph(runs: Runs, fn: Callable[[], Any], inputs: Any) -> Any:
         finally:
             site.replaying = False
 
-    try:
-        replay = apply.get_concrete_function()
-        site.unlike_replay = _first_difference(runs, site, writes, traces.count_writes(replay))
-    except Exception as e:  # noqa: BLE001 - whatever an optimizer of the user's own objects to
-        site.unlike_replay = f"its optimizer cannot apply stored results ({e})"
+    replay = None
+    if runs.has_learners:
+        # A stored result is only what they are corrected by.
+        site.unlike_replay = "its learners take steps of their own"
+    else:
+        try:
+            replay = apply.get_concrete_function()
+            site.unlike_replay = _first_difference(runs, site, writes, traces.count_writes(replay))
+        except Exception as e:  # noqa: BLE001 - whatever an optimizer of the user's own objects to
+            site.unlike_replay = f"its optimizer cannot apply stored results ({e})"
 
     def finish(after: tf.Operation | None, values: Sequence[tf.Tensor]) -> None:
         with tf.control_dependencies([after] if after is not None else []):

@@ -76,6 +76,8 @@ class LearnerRuns(Runs):
         is_alone: Whether what is traced now is no part of a job.
     """
 
+    has_learners = True
+
     def __init__(
         self,
         strategy: tf.distribute.Strategy,

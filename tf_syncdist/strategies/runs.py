@@ -39,7 +39,12 @@ class Runs(Hooks):
         on_traced: Is told of every site, once it is known what it does.
         compression: What float32 values become for the way.
         defers: Whether updates are made in the next run, where that can be.
+
+    Attributes:
+        has_learners: Whether each worker has learners with models of their own.
     """
+
+    has_learners = False
 
     def __init__(
         self,

@@ -52,12 +52,14 @@ class _Found(NamedTuple):
         model: That of the worker that is furthest in it; `None` if nobody has one.
         is_over: Whether others have gone on to a later training than the worker's own.
         begins: Whether a worker of lower index begins with it just now, and has no model yet.
+        is_late: Whether all others have ended, worker 0 too, so nobody will come with a model.
     """
 
     models: ModelFormat
     model: Model | None
     is_over: bool
     begins: bool
+    is_late: bool
 
 
 class Gossip:
@@ -110,7 +112,8 @@ class Gossip:
         """Returns the model with which this worker begins, and which training it is of.
 
         That is the model of the worker that is furthest in this training, if any is in it. A worker
-        that comes late takes part in the latest one of its variables, whichever its own would be.
+        that comes late takes part in the latest one of its variables, whichever its own would be;
+        if all others have ended, it begins where they have come to.
         At the start of a job nobody has a model; then all begin with worker 0's. A later training
         begins with the model of the worker that comes to it first; of several that come in the same
         moment, with that of the lowest index.
@@ -126,7 +129,7 @@ class Gossip:
 
         Raises:
             ModelMismatchError: If another worker trains other variables.
-            WaitTimeoutError: If no model comes.
+            WaitTimeoutError: If no model comes, or none can come.
         """
         models = ModelFormat(variables, job_seed, self._worker, key)
         self._server.begin(job_seed, models)
@@ -163,6 +166,12 @@ class Gossip:
             if not waits and not begins:
                 return found
             check()
+            if found.is_late and time.monotonic() - begun > _BEGIN_SECONDS:
+                raise WaitTimeoutError(
+                    f"Worker {self._worker} came when all others had ended, and none of them "
+                    "answers any more, so nobody has a model for it to begin with. Load what "
+                    "they have saved, or begin a new job."
+                )
             if time.monotonic() > deadline:
                 raise WaitTimeoutError(
                     f"Worker {self._worker} waited {timeout_seconds:g} s for a model to begin "
@@ -234,11 +243,14 @@ class Gossip:
 
     def _found(self, models: ModelFormat, is_first: bool, of_lower: bool) -> _Found:
         """Looks for the model of the worker that is furthest, perhaps only of those below."""
-        live, _ = self._look_around()
+        live, done = self._look_around()
         found = []
         is_over = begins = False
+        is_left = is_first and not live.keys() - {self._worker}
         others = (
-            w for w in sorted(live) if w < self._worker or (w > self._worker and not of_lower)
+            w
+            for w in sorted(done if is_left else live)
+            if w < self._worker or (w > self._worker and not of_lower)
         )
         for worker in self._partners.present(others):
             reply = self._partners.greet(worker)
@@ -258,8 +270,8 @@ class Gossip:
             alike = models if key == models.key else models.of_training(key)
             model = self._partners.pull(worker, alike)
             if model is not None:
-                return _Found(alike, model, is_over, begins)
-        return _Found(models, None, is_over, begins)
+                return _Found(alike, model, is_over, begins, False)
+        return _Found(models, None, is_over, begins, is_left and 0 in done)
 
     def _pull(self, partner: int, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
         model = self._partners.pull(partner, self._models)
