@@ -247,6 +247,50 @@ def test_who_answers_greetings_again_is_a_partner_again(mesh: Mesh) -> None:
         time.sleep(0.05)
 
 
+def test_who_comes_again_does_not_begin_anew_because_the_others_are_busy(mesh: Mesh) -> None:
+    one = mesh.add(1)
+    address = mesh.live[1]
+    one.server.begin(SEED, ModelFormat(SPECS, SEED, 1, (1, 0)))
+    one.server.publish(Model(30, filled(9.0)))
+    silent = socket.create_server(("127.0.0.1", 0))
+    mesh.live = {1: f"127.0.0.1:{silent.getsockname()[1]}"}
+
+    def answer() -> None:
+        mesh.live = {**mesh.live, 1: address}
+
+    timer = threading.Timer(1.2, answer)
+    timer.start()
+    assert mesh.add(0).start(1.0) == 9.0
+    timer.join()
+    # Who does not answer at all is not waited for.
+    mesh.live = {1: f"127.0.0.1:{silent.getsockname()[1]}"}
+    begun = time.monotonic()
+    assert mesh.add(0).start(1.0, seconds=60.0) == 1.0
+    assert 4 < time.monotonic() - begun < 20
+    silent.close()
+
+
+@pytest.mark.parametrize("mode", ["pull", "push"])
+def test_an_interrupt_ends_the_wait_for_a_partner(mesh: Mesh, mode: str) -> None:
+    zero, one = (mesh.add(w, mode, [0, 1]) for w in range(2))
+    for peer in (zero, one):
+        peer.start(0.0)
+    silent = socket.create_server(("127.0.0.1", 0))
+    mesh.live = {**mesh.live, 1: f"127.0.0.1:{silent.getsockname()[1]}"}
+    zero.partners._timeout = 60.0
+    timer = threading.Timer(0.5, zero.partners.cancel)
+    timer.start()
+    begun = time.monotonic()
+    for step in range(20):
+        zero.exchange(step, 1.0)
+    assert 0.4 < time.monotonic() - begun < 10
+    # Nobody is blamed.
+    assert zero.notices == []
+    assert zero.gossip.average(20, filled(1.0))[0][0] == 1.0
+    timer.join()
+    silent.close()
+
+
 def test_who_calls_is_a_partner_again(mesh: Mesh) -> None:
     first, second = mesh.add(0), mesh.add(1)
     first.start(0.0)

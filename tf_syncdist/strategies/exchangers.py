@@ -54,6 +54,10 @@ class Exchanger(Protocol):
         """Returns what this worker has counted."""
         ...
 
+    def interrupt(self) -> None:
+        """Ends a wait for others, on any thread; nothing is exchanged from then on."""
+        ...
+
     def close(self) -> None:
         """Ends it. May be called twice."""
         ...
@@ -110,6 +114,9 @@ class CentreExchanger:
     def exchanges(self) -> Exchanges:
         """Returns what this worker has counted."""
         return self._counts
+
+    def interrupt(self) -> None:
+        """Does nothing: it is the session that waits."""
 
     def close(self) -> None:
         """Does nothing."""
@@ -193,6 +200,11 @@ class GossipExchanger:
     def exchanges(self) -> Exchanges:
         """Returns what this worker has counted."""
         return Exchanges() if self._gossip is None else Exchanges(**self._gossip.counts._asdict())
+
+    def interrupt(self) -> None:
+        """Ends the calls in progress; see `Exchanger`."""
+        if self._partners is not None:
+            self._partners.cancel()
 
     def close(self) -> None:
         """Ends the server and the calls. May be called twice."""

@@ -80,7 +80,10 @@ class FreeStrategy(MixingStrategy):
         self._controller = self._free
         self._epochs = NoEpochs()
         self._seeds = Seeds(self._registry, self.worker_index)
-        self._member.attach(self._free, self._free.mixing_report, self._exchanger.close)
+        exchanger = self._exchanger
+        self._member.attach(
+            self._free, self._free.mixing_report, exchanger.close, exchanger.interrupt
+        )
         self._has_common_seed = not adapter.global_seed_is_set()
         self._set_common_seed()
         self._has_caught_up = False

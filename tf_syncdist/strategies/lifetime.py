@@ -97,6 +97,7 @@ class Membership:
         self._controller: Controller | None = None
         self._final_report: Callable[[], object] = self.report
         self._on_close: Callable[[], None] = lambda: None
+        self._on_interrupt: Callable[[], None] = lambda: None
         self._closed = False
         self._child: SupervisedAggregator | None = None
         self._goodbye = threading.Lock()
@@ -145,6 +146,7 @@ class Membership:
         controller: Controller,
         report: Callable[[], object] | None = None,
         on_close: Callable[[], None] = lambda: None,
+        on_interrupt: Callable[[], None] = lambda: None,
     ) -> None:
         """Names the controller whose runs this membership is about.
 
@@ -152,7 +154,10 @@ class Membership:
             controller: It.
             report: Returns what is printed at the end; by default the counts of rounds.
             on_close: Called when this worker has left the job.
+            on_interrupt: Called on another thread when a signal is to end the program; it ends
+                waits that are not the session's.
         """
+        self._on_interrupt = on_interrupt
         self._on_close = on_close
         self._controller = controller
         self._final_report = report or self.report
@@ -166,6 +171,7 @@ class Membership:
             # A warning, most often: the machine is needed for something else.
             self._say_goodbye(pb.PREEMPTED)
         session.cancel(Interrupted(f"The training step was interrupted by {number.name}."))
+        self._on_interrupt()
 
     def _say_goodbye(self, reason: int) -> None:
         """Says goodbye, once."""

@@ -51,7 +51,8 @@ class _Found(NamedTuple):
         models: What the models of its training look like.
         model: That of the worker that is furthest in it; `None` if nobody has one.
         is_over: Whether others have gone on to a later training than the worker's own.
-        begins: Whether a worker of lower index begins with it just now, and has no model yet.
+        begins: Whether a worker of lower index begins with it just now, and has no model yet; or
+            whether one has not answered, where this one looks for its first model.
         is_late: Whether all others have ended, worker 0 too, so nobody will come with a model.
     """
 
@@ -252,8 +253,10 @@ class Gossip:
             for w in sorted(done if is_left else live)
             if w < self._worker or (w > self._worker and not of_lower)
         )
-        for worker in self._partners.present(others):
-            reply = self._partners.greet(worker)
+        for worker in others:
+            reply = self._partners.greet(worker) if self._partners.present([worker]) else None
+            # A process that comes again must not begin anew because the others are busy.
+            begins = begins or (reply is None and is_first)
             if reply is None or not reply.variables:
                 continue
             key = (reply.fit, reply.revision)

@@ -59,6 +59,7 @@ class Partners:
         self._channels: dict[int, tuple[str, grpc.Channel]] = {}
         self._calls: set[grpc.Call] = set()
         self._closed = threading.Event()
+        self._cancelled = threading.Event()
         self._greeter = threading.Thread(
             target=self._greet_silent, name="tf_syncdist_greeter", daemon=True
         )
@@ -135,7 +136,8 @@ class Partners:
         return self._try(worker, 0, ask)
 
     def cancel(self) -> None:
-        """Ends the calls in progress; they fail."""
+        """Ends the calls in progress and makes no more: everybody is silent from then on."""
+        self._cancelled.set()
         with self._lock:
             calls = list(self._calls)
         for call in calls:
@@ -164,11 +166,12 @@ class Partners:
         except Refusal as e:
             self._give_up(worker, str(e))
         except (grpc.FutureCancelledError, grpc.FutureTimeoutError) as e:
-            self._give_up(worker, type(e).__name__)
+            if not self._cancelled.is_set():
+                self._give_up(worker, type(e).__name__)
         except grpc.RpcError as e:
             code = e.code() if hasattr(e, "code") else grpc.StatusCode.UNKNOWN
             details = e.details() if hasattr(e, "details") else str(e)
-            if not self._closed.is_set():
+            if not self._closed.is_set() and not self._cancelled.is_set():
                 self._give_up(worker, f"{code.name}: {' '.join(str(details).split())[:500]}")
         except CredentialsError as e:
             self._give_up(worker, str(e))
@@ -195,7 +198,7 @@ class Partners:
     def _channel(self, worker: int) -> grpc.Channel | None:
         with self._lock:
             address = self._addresses.get(worker)
-            if address is None or self._closed.is_set():
+            if address is None or self._closed.is_set() or self._cancelled.is_set():
                 return None
             known = self._channels.get(worker)
             if known is not None and known[0] == address:
@@ -207,7 +210,7 @@ class Partners:
         return channel
 
     def _known(self, call: grpc.Call) -> "_Known":
-        return _Known(self._lock, self._calls, call)
+        return _Known(self._lock, self._calls, call, self._cancelled)
 
     def _greeting(self, channel: grpc.Channel, timeout: float) -> pb.GreetReply:
         greet = channel.unary_unary(
@@ -235,12 +238,16 @@ class Partners:
 class _Known:
     """Keeps a call where `cancel` finds it, and ends it if it is left early."""
 
-    def __init__(self, lock: threading.Lock, calls: set, call: grpc.Call) -> None:
-        self._lock, self._calls, self._call = lock, calls, call
+    def __init__(
+        self, lock: threading.Lock, calls: set, call: grpc.Call, cancelled: threading.Event
+    ) -> None:
+        self._lock, self._calls, self._call, self._cancelled = lock, calls, call, cancelled
 
     def __enter__(self) -> None:
         with self._lock:
             self._calls.add(self._call)
+        if self._cancelled.is_set():
+            self._call.cancel()
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
