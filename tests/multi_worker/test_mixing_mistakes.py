@@ -35,6 +35,7 @@ ARGUMENTS = {
     "staleness_negative": r"`max_staleness`.*from 0, or None.*Received: max_staleness=-1",
     "staleness_half": r"`max_staleness`.*Received: max_staleness=1\.5",
     "jit_compile": r"jit_compile=True.*jit_compile=False",
+    "jit_compile_in_loop": r"tf\.function\(jit_compile=True\)\. Leave jit_compile out",
 }
 SAME = r"Expected every worker to be given the same `strategy`: "
 OTHERS = {

@@ -182,3 +182,4 @@ def test_a_report_says_how_often_learners_were_averaged(jobs: Jobs) -> None:
 def test_what_several_workers_cannot_do_is_refused(together: JobResult) -> None:
     for found in together.each("refused"):
         assert "Received: jit_compile=True" in found["jit_compile"]
+        assert "Received: one in a tf.function(jit_compile=True)" in found["jit_compile_in_loop"]

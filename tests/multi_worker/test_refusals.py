@@ -13,6 +13,7 @@ pytestmark = pytest.mark.timeout(260)
 MISTAKES = {
     "jit_compile": ("ValueError", r"jit_compile=True.*jit_compile=False"),
     "jit_compile_on_batch": ("ValueError", r"jit_compile=True.*jit_compile=False"),
+    "jit_compile_in_loop": ("ValueError", r"tf\.function\(jit_compile=True\).*jit_compile out"),
     "model_outside": ("ValueError", r"built outside of any scope.*with strategy\.scope\(\):"),
     "model_outside_on_batch": ("ValueError", r"outside of any scope.*with strategy\.scope\(\):"),
     "fit_within_scope_only": (

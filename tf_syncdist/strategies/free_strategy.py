@@ -15,6 +15,7 @@ from tf_syncdist.strategies import adapter, keras_calls, options, traces
 from tf_syncdist.strategies.controller import LocalReport
 from tf_syncdist.strategies.exchangers import Exchanger
 from tf_syncdist.strategies.free_runs import FreeRuns
+from tf_syncdist.strategies.graph_runs import check_not_compiled
 from tf_syncdist.strategies.learner_runs import Step
 from tf_syncdist.strategies.lifetime import say
 from tf_syncdist.strategies.mixed_variables import MixedVariables, wire_dtype
@@ -140,6 +141,7 @@ class FreeStrategy(MixingStrategy):
             self._given = []
 
     def _mix(self, step: Step) -> Any:
+        check_not_compiled()
         for optimizer, _ in step.updates:
             for variable in optimizer.variables:
                 self._registry.check(variable.value, variable.path)

@@ -47,6 +47,7 @@ def run_in_graph(runs: Runs, fn: Callable[[], Any], inputs: Any) -> Any:
     if not site.exchanges and (runs.stays_local() or not traces.has_exchange(traced)):
         site.deferral = None
         return _called_alone(runs, traced)
+    check_not_compiled()
     site.variables = list(traced.graph.variables)
     writes = traces.count_writes(traced)
     if site.deferral is not None:
@@ -143,6 +144,21 @@ def run_in_graph(runs: Runs, fn: Callable[[], Any], inputs: Any) -> Any:
         return tf.cond(tf.equal(mode, Mode.COMPUTE), computed, left_out)
 
     return tf.cond(tf.equal(mode, Mode.CONTINUE), functools.partial(computed, steady), others)
+
+
+def check_not_compiled() -> None:
+    """Checks that XLA is not going to compile the run that is being emitted.
+
+    Raises:
+        ValueError: If it is.
+    """
+    if adapter.is_compiled():
+        raise ValueError(
+            "Expected a training function that is not compiled as a whole, because what workers "
+            "exchange leaves it through Python, which XLA cannot do. Received: one in a "
+            "tf.function(jit_compile=True). Leave jit_compile out there, and compile parts that "
+            "exchange nothing, such as the forward pass."
+        )
 
 
 def _called_alone(runs: Runs, traced: Any) -> Any:

@@ -352,8 +352,17 @@ def refused() -> dict[str, str]:
     with strategy.scope():
         model = dense(sgd)
         model.compile(sgd(), "mse", jit_compile=True)
+        optimizer = sgd()
+        optimizer.build(model.trainable_variables)
+
+    def replica_step() -> None:
+        gradients = [tf.ones_like(v) for v in model.trainable_variables]
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+    step = tf.function(lambda: strategy.run(replica_step), jit_compile=True)
     for name, wrong in {
         "jit_compile": lambda: model.fit(X, Y, batch_size=BATCH, verbose=0),
+        "jit_compile_in_loop": step,
     }.items():
         try:
             wrong()

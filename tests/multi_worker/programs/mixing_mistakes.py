@@ -123,6 +123,22 @@ def to_and_fro(strategy: Any) -> None:
         step(number)
 
 
+def compiled_loop(strategy: Any) -> None:
+    model = small(strategy)
+
+    @tf.function(jit_compile=True)
+    def step() -> None:
+        def replica_step() -> None:
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(model(tf.ones((2, 4))) ** 2)
+            gradients = tape.gradient(loss, model.trainable_variables)
+            model.optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
+
+        strategy.run(replica_step)
+
+    step()
+
+
 def main() -> None:
     if me == 1:
         before_anything_is_connected()
@@ -140,6 +156,7 @@ def main() -> None:
     if me == 1:
         compiled = small(strategy, jit_compile=True)
         record("jit_compile", lambda: compiled.fit(x, x[:, :1], verbose=0))
+        record("jit_compile_in_loop", lambda: compiled_loop(strategy))
         if KIND == "gossip":
             results["stranger"] = stranger(strategy)
         record("to_and_fro", lambda: to_and_fro(strategy))

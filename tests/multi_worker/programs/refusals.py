@@ -64,7 +64,9 @@ def outside() -> None:
     record("optimizer_outside", lambda: fit(other))
 
 
-def in_loop(extra: Callable[[tf.Tensor], Any]) -> Callable[[], object]:
+def in_loop(
+    extra: Callable[[tf.Tensor], Any], jit_compile: bool | None = None
+) -> Callable[[], object]:
     """Returns a training run in a custom loop that does something else besides."""
     model = compiled()
 
@@ -75,7 +77,7 @@ def in_loop(extra: Callable[[tf.Tensor], Any]) -> Callable[[], object]:
         model.optimizer.apply_gradients(zip(gradients, model.trainable_variables, strict=True))
         return extra(loss)
 
-    @tf.function
+    @tf.function(jit_compile=jit_compile)
     def step(inputs: tf.Tensor) -> Any:
         strategy.run(replica_step, args=(inputs,))
 
@@ -101,6 +103,7 @@ def main() -> None:
     record("jit_compile_on_batch", lambda: jit.train_on_batch(x, y))
     outside()
     record("all_gather", in_loop(gather))
+    record("jit_compile_in_loop", in_loop(tf.identity, jit_compile=True))
     record("tensor_array", in_loop(tensor_array))
     record("variant", in_loop(variant))
     record("batch_size", lambda: compiled().fit(x, y, batch_size=9, verbose=0))
