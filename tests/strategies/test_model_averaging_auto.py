@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from tf_syncdist import ModelAveragingStrategy
+from tf_syncdist.strategies import devices
 
 from .averaging import BATCH, X, Y, close, fit, sgd
 
@@ -71,7 +72,21 @@ def test_measuring_leaves_no_trace(kind: Any, capfd: pytest.CaptureFixture[str])
     for value, wanted in zip(found, expected, strict=True):
         close(value, wanted, 1e-5)
     assert strategy.local_report().rounds == 2 * -(-11 // learners)
-    check_table(capfd.readouterr().err, learners)
+    printed = capfd.readouterr().err
+    check_table(printed, learners)
+    assert ("TF_NUM_INTRAOP_THREADS=1 in the environment" in printed) == devices.cuts_operations()
+
+
+def test_operations_are_cut_unless_somebody_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    if tf.config.list_logical_devices("GPU"):
+        pytest.skip("is about CPUs")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    for threads, cut in (("", True), ("0", True), ("2", True), ("1", False), ("one", True)):
+        monkeypatch.setenv(devices.INTRAOP_THREADS, threads)
+        assert devices.cuts_operations() == cut
+    monkeypatch.setenv(devices.INTRAOP_THREADS, "")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0})
+    assert not devices.cuts_operations()
 
 
 def check_table(printed: str, learners: int) -> None:

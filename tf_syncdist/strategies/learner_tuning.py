@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tf_syncdist.mixing import tuning
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
-from tf_syncdist.strategies import adapter, iterators, learner_inputs
+from tf_syncdist.strategies import adapter, devices, iterators, learner_inputs
 from tf_syncdist.strategies.learner_runs import LearnerRuns
 from tf_syncdist.strategies.learners import Learners
 from tf_syncdist.strategies.lifetime import say
@@ -70,6 +70,11 @@ def tune(
     learners.restart()
     if tells and tuner.trials:
         say("learners per device\n" + tuning.table(tuner))
+        if devices.cuts_operations():
+            say(
+                "TensorFlow cuts each operation over several cores, where learners get into each "
+                f"other's way; try with {devices.INTRAOP_THREADS}=1 in the environment, too"
+            )
     elif tells:
         say("learners_per_device='auto' is 1, since input of unknown length is not read twice")
     return learners.count
