@@ -4,7 +4,15 @@ import itertools
 
 import pytest
 
-from tf_syncdist.aggregation.gathers import START, GatherClosed, GatherKey, Gathers, Part
+from tf_syncdist.aggregation.gathers import (
+    LEARNERS,
+    PROPAGATION,
+    START,
+    GatherClosed,
+    GatherKey,
+    Gathers,
+    Part,
+)
 from tf_syncdist.aggregation.rounds import RoundError
 from tf_syncdist.cutoff import BackupWorkers, CutoffPolicy, FullSync
 
@@ -216,6 +224,30 @@ def test_one_wish_is_enough_to_stop(wishes: tuple[int, ...]) -> None:
     for worker in range(3):
         closed = take_part(job, worker, STOP, stop=worker in wishes)
     assert closed[0].stop == bool(wishes)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_what_others_have_gathered_already_is_not_gathered_anew(begun: bool) -> None:
+    job = Job(2, FullSync())
+    name = GatherKey(LEARNERS, 0)
+    if begun:
+        # A worker that is new does not know of it.
+        assert job.gathers.contribute(0, name, part(0), 0.0) and job.gathers.waiting
+    assert job.gathers.restore(name, 0)
+    assert not job.gathers.waiting and job.gathers.close(0.0) == []
+    assert not job.gathers.restore(name, 0)
+    assert not job.gathers.contribute(0, name, part(0), 0.0)
+
+
+def test_what_is_for_the_whole_job_is_kept() -> None:
+    job = Job(2, FullSync())
+    for kind in (START, PROPAGATION, LEARNERS):
+        for worker in (0, 1):
+            job.gathers.contribute(worker, GatherKey(kind, 0), part(0), 0.0)
+        job.gathers.close(0.0)
+    job.at = [9, 9]
+    assert job.gathers.forget({0, 1}) == [GatherKey(START, 0)]
+    assert not job.gathers.contribute(1, GatherKey(LEARNERS, 0), part(0), 0.0)
 
 
 def test_kinds_and_serials_are_separate_and_nothing_stays() -> None:

@@ -142,6 +142,8 @@ def check_loops(found: JobResult) -> None:
         for loop in found.each("loops", name):
             # How far they come in so few steps depends on who meets whom.
             assert loop["after"] < before
+            # A step that trains nothing sees what all have come to, when it is called.
+            assert abs(loop["tested"] - loop["after"]) < abs(loop["tested"] - loop["before"])
             assert loop["steps"] == 2 * 480 // 16 // len(found.results)
 
 

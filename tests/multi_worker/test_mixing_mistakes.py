@@ -50,7 +50,7 @@ OTHERS = {
     "gossip": {
         "push": SAME + r"\"GossipStrategy\(mode='pull', period=1\)\".*mode='push'",
         "other_period": SAME + r"\"GossipStrategy\(mode='pull', period=1\)\".*period=2",
-        "averaging": SAME + r"\"GossipStrategy.*Received: strategy='ModelAveragingStrategy'",
+        "averaging": SAME + r"\"GossipStrategy.*Received: strategy='ModelAveragingStrategy\(",
         "other_token": r"token",
     },
 }

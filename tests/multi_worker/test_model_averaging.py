@@ -11,7 +11,7 @@ pytestmark = pytest.mark.timeout(400)
 
 BATCHES = 11
 # Distances are over all models that learners have trained, so the first one is looked at.
-ALL = ("outside", "sgd", "dropping", "statistics", "averages")
+ALL = ("outside", "sgd", "dropping", "statistics", "averages", "without_metrics")
 ALL += ("given", "loops", "waiting", "refused", "report")
 
 
@@ -21,10 +21,12 @@ def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
     rule = {"central_momentum": 0.5, "correction": 0.2, "period": 2}
     on_devices = {"learners": 1, "devices": 2, "rule": rule, "cases": ("sgd", "dropping", "report")}
     alone = {"learners": 2, "devices": 2, "cases": ("sgd", "loops", "statistics")}
+    # What was traced to measure must not be used later, which in a graph is another function.
+    auto = {"learners": "auto", "run_eagerly": True, "cases": ("sgd", "report")}
     wanted = {
         "together": {"workers": 2, "arguments": {"learners": 2, "cases": ALL}},
         "on_devices": {"workers": 2, "ps": 1, "arguments": on_devices},
-        "auto": {"workers": 2, "arguments": {"learners": "auto", "cases": ("sgd", "report")}},
+        "auto": {"workers": 2, "arguments": auto},
         "alone_on_devices": {"workers": 0, "arguments": alone},
     }
     with Jobs("averaging.py", tmp_path_factory, wanted) as started:
@@ -109,6 +111,12 @@ def test_statistics_are_averaged_over_learners_and_after_an_epoch_over_workers(
     together.common("statistics", "sha256")
     # Metrics are over all learners of all workers.
     assert together.common("statistics", "logs").keys() == {"loss", "mae"}
+
+
+def test_statistics_are_averaged_also_where_no_metric_is_read(together: JobResult) -> None:
+    for where in ("callback", "validation"):
+        first, second = together.common("without_metrics", where)
+        assert first != second
 
 
 def test_averages_over_time_are_averaged_over_learners_and_workers(together: JobResult) -> None:

@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from tf_syncdist import ModelAveragingStrategy
-from tf_syncdist.strategies import devices
+from tf_syncdist.strategies import devices, learner_tuning
 
 from .averaging import BATCH, X, Y, close, fit, sgd
 
@@ -136,6 +136,157 @@ def test_an_error_of_the_model_is_told_as_it_is() -> None:
     with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
         model.fit(X, np.full(len(X), 7), batch_size=BATCH, verbose=0)
     assert strategy.num_learners == 1
+
+
+class Growing(keras.Model):
+    """Makes a layer and an optimizer where it is trained first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = keras.layers.Dense(4), keras.layers.Dense(1)
+        self.waits = Waiting()
+        self.second = keras.optimizers.Adagrad(0.05)
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        return self.body(x)
+
+    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
+        x, y = data
+        with tf.GradientTape(persistent=True) as tape:
+            found = self.head(self.body(self.waits(x, training=True)))
+            loss = tf.reduce_mean((found - y) ** 2)
+        for optimizer, layer in ((self.optimizer, self.body), (self.second, self.head)):
+            optimizer.apply(tape.gradient(loss, layer.weights), layer.weights)
+        return {"loss": loss}
+
+
+def grown(strategy: ModelAveragingStrategy) -> list[np.ndarray]:
+    keras.utils.set_random_seed(7)
+    with strategy.scope():
+        model = Growing()
+        model.compile(sgd())
+    fit(model, X, Y, batch_size=BATCH)
+    return [*model.get_weights(), *(v.numpy() for v in model.second.variables)]
+
+
+def test_what_training_makes_begins_as_it_was_made() -> None:
+    strategy = ModelAveragingStrategy("auto")
+    found = grown(strategy)
+    assert strategy.num_learners > 1
+    expected = grown(ModelAveragingStrategy(strategy.num_learners))
+    for value, wanted in zip(found, expected, strict=True):
+        close(value, wanted, 1e-5)
+
+
+def pays_until(learners: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets more learners not pay, whatever the machine says."""
+    measure = learner_tuning._runs_per_second
+
+    def rate(model: keras.Model, batch: Any, count: int, clock: Any) -> float:
+        measure(model, batch, count, clock)
+        return 100.0 if count <= learners else 1.0
+
+    monkeypatch.setattr(learner_tuning, "_runs_per_second", rate)
+
+
+def test_learners_that_were_only_tried_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pays_until(1, monkeypatch)
+    strategy = ModelAveragingStrategy("auto")
+    with strategy.scope():
+        model = noisy()
+    fit(model, X, Y, batch_size=BATCH)
+    assert strategy.num_learners == 1 and strategy.distances() == [0.0]
+    assert strategy._learners._copies == {}
+
+
+def test_learners_for_which_there_is_no_memory_are_not_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pays_until(9, monkeypatch)
+    measure = learner_tuning._runs_per_second
+
+    def rate(model: keras.Model, batch: Any, count: int, clock: Any) -> float:
+        if count == 3:
+            raise tf.errors.ResourceExhaustedError(None, None, "no memory")
+        return measure(model, batch, count, clock)
+
+    monkeypatch.setattr(learner_tuning, "_runs_per_second", rate)
+    strategy = ModelAveragingStrategy("auto")
+    with strategy.scope():
+        model = noisy()
+    fit(model, X, Y, batch_size=BATCH)
+    assert strategy.num_learners == 2
+
+
+def test_an_error_in_measuring_leaves_it_to_the_next_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    pays_until(2, monkeypatch)
+    strategy = ModelAveragingStrategy("auto")
+    with strategy.scope():
+        model = noisy()
+    with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
+        model.fit(X[:, :3], Y, batch_size=BATCH, verbose=0)
+    assert strategy.num_learners == 1
+    fit(model, X, Y, batch_size=BATCH)
+    assert strategy.num_learners == 2
+
+
+def test_sparse_input_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pays_until(2, monkeypatch)
+    strategy = ModelAveragingStrategy("auto")
+    with strategy.scope():
+        sparse = keras.Input((6,), sparse=True)
+        model = keras.Model(sparse, keras.layers.Dense(1)(sparse))
+        model.compile(sgd(), "mse")
+    data = tf.data.Dataset.from_tensor_slices((tf.sparse.from_dense(X), Y)).batch(BATCH)
+    model.fit(data, verbose=0)
+    assert strategy.num_learners == 2
+
+
+def test_a_custom_loop_before_the_fit_has_one_learner_for_good(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pays_until(2, monkeypatch)
+    strategy = ModelAveragingStrategy("auto")
+    with strategy.scope():
+        model = noisy()
+
+    @tf.function
+    def step(x: tf.Tensor, y: tf.Tensor) -> None:
+        strategy.run(lambda x, y: model.train_step((x, y)), (x, y))
+
+    for _ in range(3):
+        step(tf.constant(X[:BATCH]), tf.constant(Y[:BATCH]))
+    fit(model, X, Y, batch_size=BATCH)
+    assert strategy.num_learners == 1 and strategy.local_report().rounds == 3 + 11
+    assert "is 1, since something was trained before this fit" in capfd.readouterr().err
+
+
+def test_the_validation_of_a_fit_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    pays_until(2, monkeypatch)
+    strategy = ModelAveragingStrategy("auto")
+    with strategy.scope():
+        model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1)])
+        model.compile(keras.optimizers.SGD(0.0), "mse")
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(BATCH)
+    given = strategy.experimental_distribute_dataset(data)
+    losses = model.fit(given, epochs=2, verbose=0, validation_data=data).history["val_loss"]
+    assert losses == [model.evaluate(data, verbose=0)] * 2
+    assert strategy.num_learners == 1
+
+
+def test_workers_must_be_given_the_same() -> None:
+    def described(*args: Any, **kwargs: Any) -> str:
+        return ModelAveragingStrategy(*args, **kwargs)._described()
+
+    others = [
+        described(2),
+        described("auto"),
+        described(correction=0.1),
+        described(central_momentum=0.5),
+        described(period=2),
+    ]
+    assert len({described(), *others}) == 6 and described() == described(1)
+    assert described().startswith("ModelAveragingStrategy(learners_per_device=1, correction=None, ")
 
 
 def test_a_report_says_how_often_learners_were_averaged_and_how_far_they_are() -> None:

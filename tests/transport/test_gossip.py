@@ -286,9 +286,21 @@ def test_an_interrupt_ends_the_wait_for_a_partner(mesh: Mesh, mode: str) -> None
     assert 0.4 < time.monotonic() - begun < 10
     # Nobody is blamed.
     assert zero.notices == []
+    begun = time.monotonic()
+    assert zero.partners.greet(1) is None
+    assert time.monotonic() - begun < 1
     assert zero.gossip.average(20, filled(1.0))[0][0] == 1.0
     timer.join()
     silent.close()
+
+
+def test_an_interrupt_ends_a_greeting() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent, Partners(0, SEED, 60.0) as partners:
+        partners.update({1: f"127.0.0.1:{silent.getsockname()[1]}"})
+        threading.Timer(0.5, partners.cancel).start()
+        begun = time.monotonic()
+        assert partners.greet(1) is None
+        assert time.monotonic() - begun < 10
 
 
 def test_who_calls_is_a_partner_again(mesh: Mesh) -> None:

@@ -23,9 +23,9 @@ class MixCounts:
 
     def add(self, staleness: int, is_admitted: bool) -> None:
         """Takes note of values that have come."""
-        self.staleness_max = max(self.staleness_max, staleness)
         if is_admitted:
             self.mixed += 1
+            self.staleness_max = max(self.staleness_max, staleness)
             self.staleness_sum += staleness
         else:
             self.too_stale += 1

@@ -95,6 +95,8 @@ class GatherRelay:
         """Takes what was gathered from a worker that has it, and tells it to the others."""
         key = GatherKey(message.kind, message.serial)
         if self._gathers.restore(key, message.run):
+            # A worker that is new may have begun with it anew.
+            self._totals.pop(key, None)
             self._tell(key, message, payload)
 
     def catch_up(self, worker: int) -> None:

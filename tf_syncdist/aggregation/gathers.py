@@ -10,7 +10,7 @@ from tf_syncdist.cutoff import CutoffPolicy, Plan, SliceView
 # The numbers are those of the contract.
 START, PROPAGATION, LEARNERS = 2, 4, 5
 # What the job has chosen for good, from what was gathered.
-_KEPT = (PROPAGATION, LEARNERS)
+KEPT = (PROPAGATION, LEARNERS)
 
 # A worker waits for what comes of a gather before it takes part in another one.
 _MOST_OPEN = 4
@@ -197,7 +197,7 @@ class Gathers:
 
     def restore(self, key: GatherKey, run: int) -> bool:
         """Takes note of a gather that is closed; returns whether that was not known."""
-        if key in self._gathers:
+        if key in self._gathers and self._gathers[key].closed:
             return False
         gather = self._gathers[key] = _Gather(_RESTORED, 0.0)
         gather.run, gather.closed = run, True
@@ -230,14 +230,14 @@ class Gathers:
         gone = [
             k
             for k, gather in self._gathers.items()
-            if gather.closed and gather.run < done and k.kind not in _KEPT
+            if gather.closed and gather.run < done and k.kind not in KEPT
         ]
         for key in gone:
             del self._gathers[key]
         return gone
 
     def _forget_old(self) -> None:
-        closed = [k for k, g in self._gathers.items() if g.closed and k.kind not in _KEPT]
+        closed = [k for k, g in self._gathers.items() if g.closed and k.kind not in KEPT]
         for key in closed[:-_MOST_CLOSED]:
             del self._gathers[key]
 

@@ -8,6 +8,7 @@ from tf_syncdist.aggregation import admission, contributions, counters
 from tf_syncdist.aggregation.admission import invalid
 from tf_syncdist.aggregation.attendance import Attendance
 from tf_syncdist.aggregation.centre import values_of
+from tf_syncdist.aggregation.gathers import KEPT
 from tf_syncdist.aggregation.membership import NotAdmitted
 from tf_syncdist.aggregation.memory import WorkerMemory
 from tf_syncdist.aggregation.outbox import Outbox, Refused
@@ -245,6 +246,9 @@ class Job(Attendance):
     def _on_stored_gather(self, worker: int, message: pb.GatherResult, payload: memoryview) -> None:
         if self._restoring is not None:
             self._restoring.stored_gather(message, payload)
+        elif message.kind in KEPT:
+            # The job went on at once, for want of anything else that workers knew.
+            self._gathers.restore(message, payload)
 
     def _receive(
         self, worker: int, message: pb.Contribution, payload: memoryview, outbox: Outbox | None

@@ -83,6 +83,7 @@ class EpochExchange:
                 and variable.dtype.is_floating
                 and not variable.trainable
                 and id(variable) not in owned_ids
+                and not variables.is_loss_scale(variable)
             ):
                 self._statistics.setdefault(id(variable), variable)
 

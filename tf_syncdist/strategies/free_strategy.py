@@ -189,6 +189,12 @@ class FreeStrategy(MixingStrategy):
         if self._member is not None and tf.executing_eagerly() and self._is_mixed(variable):
             self._free.settle()
 
+    def _before_test(self) -> list[tf.Operation]:
+        if self._member is None or adapter.is_compiled():
+            return []
+        # The variables that the function reads are those that everybody sees.
+        return [tf.numpy_function(self._free.settle, [], [])]
+
     def _before_look(self) -> None:
         # As before evaluate: others may have trained since this worker's last run.
         if self._member is not None and tf.executing_eagerly():
@@ -281,6 +287,9 @@ class NoEpochs:
 
     def forget_sums(self) -> None:
         """Metrics are this worker's own."""
+
+    def synchronize(self) -> None:
+        """Asks nobody."""
 
 
 class OwnStopping:

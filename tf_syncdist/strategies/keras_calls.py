@@ -164,7 +164,10 @@ def calling(
         share = 1.0 - (arguments.get("validation_split") or 0.0)
         kept = share if arguments.get("validation_data") is None else 1.0
         examples = math.floor(len(tf.nest.flatten(arguments["x"])[0]) * kept)
-    token = _current.set(KerasCall(method, model, batch_size, examples))
+    call = KerasCall(method, model, batch_size, examples)
+    # What is distributed already is not distributed again; the first input that is, is another.
+    call.has_input = isinstance(arguments.get("x"), tf.distribute.DistributedDataset)
+    token = _current.set(call)
     try:
         yield _current.get()
     finally:
@@ -223,14 +226,19 @@ class FitCallback(keras.callbacks.Callback):
 
 @contextlib.contextmanager
 def fitting(
-    model: keras.Model, arguments: dict[str, Any], stopping: Stopping, callback: FitCallback
+    model: keras.Model,
+    arguments: dict[str, Any],
+    stopping: Stopping,
+    first: keras.callbacks.Callback,
+    last: FitCallback,
 ) -> Iterator[None]:
-    """Adds a callback to a fit, behind the user's, and makes its stop a common one."""
+    """Adds callbacks to a fit, around the user's, and makes its stop a common one."""
     callbacks = arguments.get("callbacks")
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        callbacks.append(callback)
+        callbacks.append(first)
+        callbacks.append(last)
     else:
-        arguments["callbacks"] = [*tf.nest.flatten(callbacks or []), callback]
+        arguments["callbacks"] = [first, *tf.nest.flatten(callbacks or []), last]
     stopping.begin_fit()
     _fits[model] = stopping
     try:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from tf_syncdist.cluster.interrupts import exit_status
@@ -55,6 +56,10 @@ class KerasSide:
                 self._prepare_training(call, arguments, stack)
             else:
                 self._controller.settle()
+                if arguments.get("kwargs", {}).get("_use_cached_eval_dataset"):
+                    # The validation of a fit, which all workers come to. Most training functions
+                    # have metrics, and reading these has exchanged all that there is already.
+                    self._epochs.synchronize()
                 self._epochs.forget_sums()
             try:
                 yield
@@ -101,7 +106,12 @@ class KerasSide:
             lambda epoch: session.begin_epoch(self._stopping.fit, epoch, self._controller.run),
             self._stopping.after_epoch,
         )
-        stack.enter_context(keras_calls.fitting(call.model, arguments, self._stopping, callback))
+        first = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs=None: self._epochs.synchronize()
+        )
+        stack.enter_context(
+            keras_calls.fitting(call.model, arguments, self._stopping, first, callback)
+        )
 
     def _check_batch_size(self, batch_size: int) -> None:
         """Raises a ValueError if the batch size of a fit cannot be."""

@@ -11,6 +11,7 @@ from tf_syncdist.strategies.learners import Learners, LearnerStep, sorted_out
 from tf_syncdist.strategies.replays import Updates
 from tf_syncdist.strategies.runs import Runs
 from tf_syncdist.strategies.site import Site
+from tf_syncdist.strategies.untraced import untraced
 
 
 class Step:
@@ -70,10 +71,12 @@ class LearnerRuns(Runs):
         mix: Emits one run, given a `Step`; returns what `Step.compute` returned.
         on_use: Called, outside of runs, with a variable before it is read or written.
         on_write: Called, outside of runs, with a variable after it was written.
+        before_test: Emits what is to happen before a function that trains nothing is executed.
         others: See `Runs`.
 
     Attributes:
         is_alone: Whether what is traced now is no part of a job.
+        on_emitted: Called, outside of the graph, when a run has been emitted and not yet executed.
     """
 
     has_learners = True
@@ -85,6 +88,7 @@ class LearnerRuns(Runs):
         mix: Callable[[Step], Any],
         on_use: Callable[[tf.Variable], None],
         on_write: Callable[[tf.Variable], None],
+        before_test: Callable[[], list[tf.Operation]] = list,
         **others: Any,
     ) -> None:
         super().__init__(strategy, needs_all=True, **others)
@@ -92,8 +96,10 @@ class LearnerRuns(Runs):
         self._mix = mix
         self._on_outside_use = on_use
         self._on_outside_write = on_write
+        self._before_test = before_test
         self._kept: dict[Any, LearnerStep] | None = None
         self.is_alone = False
+        self.on_emitted: Callable[[], None] | None = None
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
@@ -128,9 +134,11 @@ class LearnerRuns(Runs):
         step = self._trace(fn, call, given)
         if not step.updates:
             function = step.function
-            found = [
-                adapter.call_with(function, _tensors(g), function.captured_inputs) for g in given
-            ]
+            with tf.control_dependencies(self._before_test()):
+                found = [
+                    adapter.call_with(function, _tensors(g), function.captured_inputs)
+                    for g in given
+                ]
             return adapter.per_replica(found) if parts else found[0]
         learners = self._learners
         if parts and parts != learners.count:
@@ -156,6 +164,8 @@ class LearnerRuns(Runs):
         found = self._mix(Step(step, learners, compute))
         if self.controller is None:
             self.count_alone()
+        if self.on_emitted is not None:
+            untraced(self.on_emitted)
         return found
 
     def _average_statistics(self, step: LearnerStep) -> None:

@@ -4,6 +4,7 @@ Several workers measure at the same time, each for itself, and then choose alike
 all. A worker that comes later is told these by the service, which keeps them for the whole job.
 """
 
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,6 @@ def tune(
     dataset: tf.data.Dataset,
     batch_size: int | None,
     session: Session | None = None,
-    run: int = 0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> int:
     """Returns how many learners this worker should have, and says what was tried.
@@ -48,26 +48,29 @@ def tune(
         dataset: Its input, batched.
         batch_size: The size of its batches, if that is known.
         session: The connection to the service, if there are several workers.
-        run: How many runs this worker has done.
         clock: Returns the time in seconds; monotonic.
     """
     tells = True
-    if session is None:
-        tuner = _tried(runs, learners, model, dataset, batch_size, clock)
-    else:
-        mine: list[float] = []
-        is_late = session.wait_started().in_progress
-        # Who comes late is told what the job has chosen.
-        if not is_late:
-            with runs.alone():
-                tried = _tried(runs, learners, model, dataset, batch_size, clock)
-            mine = [trial.throughput for trial in tried.trials]
-            # What was traced here would go on without the others.
-            model.make_train_function(force=True)
-        tuner = tuning.agreed(_gathered(session, run, mine), most=_MOST)
-        tells = not session.config.worker and not is_late
+    try:
+        if session is None:
+            tuner = _tried(runs, learners, model, dataset, batch_size, clock)
+        else:
+            mine: list[float] = []
+            is_late = session.wait_started().in_progress
+            # Who comes late is told what the job has chosen.
+            if not is_late:
+                with runs.alone():
+                    tried = _tried(runs, learners, model, dataset, batch_size, clock)
+                mine = [trial.throughput for trial in tried.trials]
+            tuner = tuning.agreed(_gathered(session, mine), most=_MOST)
+            tells = not session.config.worker and not is_late
+    finally:
+        # What was traced here keeps the copies of learners that were tried, and with several
+        # workers it would go on without the others.
+        model.train_function = None
+        learners.forget()
+        learners.resize(learners.num_devices)
     learners.resize(tuner.learners * learners.num_devices)
-    learners.restart()
     if tells and tuner.trials:
         say("learners per device\n" + tuning.table(tuner))
         if devices.cuts_operations():
@@ -80,11 +83,11 @@ def tune(
     return learners.count
 
 
-def _gathered(session: Session, run: int, mine: list[float]) -> list[list[float]]:
+def _gathered(session: Session, mine: list[float]) -> list[list[float]]:
     """Returns what workers have measured, without those that have not."""
     rates = np.zeros((session.config.num_workers, _MOST))
     rates[session.config.worker, : len(mine)] = mine
-    found = session.gather(pb.LEARNERS, 0, run, values=rates.reshape(-1)).values
+    found = session.gather(pb.LEARNERS, 0, 0, values=rates.reshape(-1)).values
     return [[r for r in row if r] for row in found.reshape(rates.shape) if row.any()]
 
 
@@ -101,33 +104,67 @@ def _tried(
     if batch is None:
         return tuning.Tuner()
     adapter.build(model, batch)
-    model.make_train_function(force=True)
-    before = [(v, [c.numpy() for c in adapter.components(v)]) for v in runs.registry.alive()]
-    tuner = tuning.Tuner()
-    size = batch_size or len(tf.nest.flatten(batch)[0])
+    values = _Values(runs)
+    values.note()
+    model.train_function = None
+    model.make_train_function()
+    tuner, size = tuning.Tuner(), _examples(batch)
     try:
         runs.keep_traces(True)
+        # What training makes is seen before it is trained where there are learners, that is, two.
+        learners.resize(2 * learners.num_devices)
+        runs.on_emitted = values.note
+        with contextlib.suppress(tf.errors.ResourceExhaustedError):
+            model.train_function(_same_again(batch, learners.count))
+        runs.on_emitted = None
         while not tuner.done:
             learners.resize(tuner.learners * learners.num_devices)
-            rate = _runs_per_second(model, batch, learners.count, clock)
+            try:
+                rate = _runs_per_second(model, batch, learners.count, clock)
+            except tf.errors.ResourceExhaustedError:
+                if not tuner.trials:
+                    raise
+                # There is no memory for one more.
+                tuner = tuning.Tuner(tuner.learners - 1, True, tuner.trials)
+                continue
             tuner = tuning.measured(tuner, rate * learners.count * size, most=_MOST)
     finally:
+        runs.on_emitted = None
         runs.keep_traces(False)
-        learners.resize(tuner.learners * learners.num_devices)
-        _restore(runs, before)
+        values.restore()
     return tuner
 
 
-def _restore(runs: LearnerRuns, before: list[tuple[tf.Variable, list[np.ndarray]]]) -> None:
-    known = {id(v) for v, _ in before}
-    for variable, values in before:
-        for copy, value in zip(adapter.components(variable), values, strict=False):
-            copy.assign(value)
-    for variable in runs.registry.alive():
-        if id(variable) not in known:
-            # The strategy's own, such as the central model's momentum, are zero at first.
-            variable.assign(tf.zeros_like(variable))
-    runs.forget_count()
+class _Values:
+    """What variables hold before they are trained.
+
+    Args:
+        runs: The runs that may make some.
+    """
+
+    def __init__(self, runs: LearnerRuns) -> None:
+        self._runs = runs
+        self._known: dict[int, tuple[tf.Variable, list[np.ndarray]]] = {}
+
+    def note(self) -> None:
+        """Takes note of what is new."""
+        for variable in self._runs.registry.alive():
+            if id(variable) not in self._known:
+                with contextlib.suppress(tf.errors.FailedPreconditionError):
+                    values = [c.numpy() for c in adapter.components(variable)]
+                    self._known[id(variable)] = (variable, values)
+
+    def restore(self) -> None:
+        """Lets variables hold that again."""
+        for variable, values in self._known.values():
+            for copy, value in zip(adapter.components(variable), values, strict=False):
+                copy.assign(value)
+        self._runs.forget_count()
+
+
+def _examples(batch: Any) -> int:
+    shape = tf.nest.flatten(batch)[0].shape
+    return int(shape[0]) if shape.rank else 1
 
 
 def _first_batch(dataset: tf.data.Dataset, batch_size: int | None) -> Any:

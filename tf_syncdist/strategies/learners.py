@@ -64,6 +64,7 @@ def sorted_out(function: Any, updates: Updates, registry: vars_lib.VariableRegis
             and id(variable) not in owned_ids
             and not vars_lib.is_accumulator(variable)
             and not vars_lib.is_random_state(variable)
+            and not vars_lib.is_loss_scale(variable)
         ):
             step.statistics.append(variable)
         else:
@@ -103,6 +104,10 @@ class Learners:
             del copies[count:]
         for variable in filter(None, (ref() for ref in self._metrics.values())):
             adapter.keep_components(variable, max(count, 1))
+
+    def forget(self) -> None:
+        """Gives all copies up; they are made anew where a function is traced anew."""
+        self._copies.clear()
 
     @property
     def num_devices(self) -> int:

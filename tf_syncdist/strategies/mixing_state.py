@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_syncdist.strategies import adapter
+from tf_syncdist.strategies import variables as vars_lib
 from tf_syncdist.strategies.learners import Learners
 from tf_syncdist.strategies.site import Site
 from tf_syncdist.strategies.state import CommonState, optimizer_variables
@@ -33,6 +34,9 @@ class MixingState(CommonState):
 
     def unsynchronised(self, site: Site) -> list[Spec]:
         self._owned |= {id(v) for v in optimizer_variables(site)}
+        # The optimizer that scales a loss is not seen, but the one within it.
+        used = self._registry.containers(site.variables)
+        self._owned |= {id(v) for v in used if vars_lib.is_loss_scale(v)}
         return super().unsynchronised(site)
 
     def assign_new(self, values: Sequence[np.ndarray]) -> None:

@@ -91,6 +91,7 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
             self._mix,
             self._before_outside_use,
             self._after_outside_write,
+            self._before_test,
             replicas=role.num_workers,
             worker=role.task_index,
             stays_local=self._is_local,
@@ -127,6 +128,10 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
 
     def _before_outside_use(self, variable: tf.Variable) -> None:
         """Is told of a variable before it is read or written outside of runs."""
+
+    def _before_test(self) -> list[tf.Operation]:
+        """Emits what is to happen before a function that trains nothing is executed."""
+        return []
 
     def _after_outside_write(self, variable: tf.Variable) -> None:
         """Is told of a variable after it was written outside of runs: learners take it over."""

@@ -13,8 +13,10 @@ from tf_syncdist.propagation import FifoPropagation
 from tf_syncdist.propagation import serialize as serialize_propagation
 from tf_syncdist.propagation.policies import cutter
 from tf_syncdist.strategies import adapter, keras_calls, options
+from tf_syncdist.strategies.devices import local_devices
 from tf_syncdist.strategies.learner_runs import Step
 from tf_syncdist.strategies.learner_tuning import tune
+from tf_syncdist.strategies.lifetime import say
 from tf_syncdist.strategies.mixing_state import MadeVariables, MixingState
 from tf_syncdist.strategies.mixing_strategy import MixingStrategy
 from tf_syncdist.strategies.site import Site
@@ -53,7 +55,7 @@ class ModelAveragingStrategy(MixingStrategy):
             more than one where a small batch does not fill a device, on CPUs best with the
             environment's TF_NUM_INTRAOP_THREADS=1. Each takes the memory of a model and an
             optimizer. Several workers measure at the same time and choose alike, by the slowest
-            of them. In a custom loop, "auto" stands for 1.
+            of them. "auto" stands for 1 in a custom loop, and in a `fit` after one.
         correction: alpha, which share of its distance from the central model a learner gives up.
             Default: `None`, for 1 / k with k learners in all. Lower it to let learners explore;
             from 2 / (k + 1) on, averaging overshoots.
@@ -121,6 +123,7 @@ class ModelAveragingStrategy(MixingStrategy):
         _check(learners_per_device, correction, central_momentum, period)
         options.check(None, transport, compression, 0, 0)
         options.check_limit(limit_gbps)
+        self._learners_given = learners_per_device
         self._tunes = learners_per_device == "auto"
         self._correction = correction
         self._momentum = central_momentum
@@ -171,8 +174,16 @@ class ModelAveragingStrategy(MixingStrategy):
             address=role.address,
             credentials=credentials,
             propagation=serialize_propagation(FifoPropagation()),
-            strategy=type(self).__name__,
+            strategy=self._described(),
             **self._options,
+        )
+
+    def _described(self) -> str:
+        """Returns the strategy with what all workers must give it alike."""
+        return (
+            f"{type(self).__name__}(learners_per_device={self._learners_given!r}, "
+            f"correction={self._correction}, central_momentum={self._momentum}, "
+            f"period={self._period}) with {len(local_devices())} device(s) in each worker"
         )
 
     @property
@@ -296,12 +307,19 @@ class ModelAveragingStrategy(MixingStrategy):
     def _prepare_input(self, call: keras_calls.KerasCall, dataset: tf.data.Dataset) -> None:
         if not self._tunes:
             return
-        self._tunes = False
-        session, run = None, 0
+        session, run = None, self._runs.counted_alone()[0]
         if self._member is not None:
             session, run = self._member.session, self._controller.run
-        tune(self._runs, self._learners, call.model, dataset, call.batch_size, session, run)
-        self._warn_if_unstable()
+        if run:
+            # Functions that are traced already have one learner for ever.
+            say("learners_per_device='auto' is 1, since something was trained before this fit")
+        else:
+            try:
+                tune(self._runs, self._learners, call.model, dataset, call.batch_size, session)
+            finally:
+                self._compiled.clear()
+            self._warn_if_unstable()
+        self._tunes = False
 
 
 def _check(learners: Any, correction: Any, central_momentum: Any, period: Any) -> None:

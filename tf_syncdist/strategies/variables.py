@@ -68,6 +68,11 @@ def is_accumulator(variable: tf.Variable) -> bool:
     return _last_name(variable).endswith("gradient_accumulator")
 
 
+def is_loss_scale(variable: tf.Variable) -> bool:
+    """Returns whether a variable is the scale of a Keras LossScaleOptimizer."""
+    return _last_name(variable) == "dynamic_scale" and not variable.trainable
+
+
 def is_local(variable: tf.Variable) -> bool:
     """Returns whether workers may hold a variable differently while an epoch runs.
 

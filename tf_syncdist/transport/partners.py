@@ -217,7 +217,9 @@ class Partners:
             wire.GREET, pb.GreetRequest.SerializeToString, pb.GreetReply.FromString
         )
         request = pb.GreetRequest(job_seed=self._job_seed, worker=self._worker)
-        return greet(request, timeout=timeout)
+        call = greet.future(request, timeout=timeout)
+        with self._known(call):
+            return call.result()
 
     def _greet_silent(self) -> None:
         """Looks now and then whether a silent worker answers again."""

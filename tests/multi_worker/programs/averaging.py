@@ -41,7 +41,8 @@ PARTS: list[Batch] = [(X[i : i + BATCH], Y[i : i + BATCH]) for i in range(0, len
 def dense(optimizer: Callable[[], keras.optimizers.Optimizer]) -> keras.Model:
     layers = [keras.Input((6,)), keras.layers.Dense(5, activation="tanh"), keras.layers.Dense(1)]
     model = keras.Sequential(layers)
-    model.compile(optimizer(), "mse", metrics=["mae"])
+    eagerly = task.ARGUMENTS.get("run_eagerly", False)
+    model.compile(optimizer(), "mse", metrics=["mae"], run_eagerly=eagerly)
     return model
 
 
@@ -193,6 +194,38 @@ def statistics() -> dict[str, Any]:
         "logs": {k: v[-1] for k, v in history.history.items()},
         "sha256": tf_syncdist.variables_sha256([norm.moving_mean, norm.moving_variance]),
     }
+
+
+class Silent(keras.Sequential):
+    """Trains without metrics."""
+
+    def train_step(self, data: Any) -> dict[str, tf.Tensor]:
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def without_metrics() -> dict[str, Any]:
+    """Notes the statistics of batch normalisation as callbacks after an epoch see them."""
+    found: dict[str, list[str]] = {"callback": [], "validation": []}
+    with strategy.scope():
+        norm = keras.layers.BatchNormalization(momentum=0.5)
+        model = Silent([keras.Input((6,)), norm, keras.layers.Dense(1)])
+        model.compile(sgd(), "mse")
+
+    def note(where: str) -> None:
+        found[where].append(tf_syncdist.variables_sha256([norm.moving_mean]))
+
+    notes = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: note("callback"))
+    given = {"batch_size": BATCH, "verbose": 0}
+    model.fit(X, Y, epochs=2, callbacks=[notes], **given)
+    looks = keras.callbacks.LambdaCallback()
+    looks.on_test_begin = lambda logs=None: note("validation")
+    model.fit(X, Y, epochs=2, callbacks=[looks], validation_data=(X, Y), **given)
+    return found
 
 
 def averages() -> dict[str, Any]:
@@ -377,6 +410,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "outside": outside,
     "statistics": statistics,
     "averages": averages,
+    "without_metrics": without_metrics,
     "given": given,
     "loops": loops,
     "waiting": waiting,

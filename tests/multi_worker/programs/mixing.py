@@ -291,11 +291,13 @@ class Loop:
         self.optimizer.apply_gradients(zip(gradients, self.model.trainable_variables, strict=True))
         return loss
 
+    def test_step(self) -> tf.Tensor:
+        losses = keras.losses.sparse_categorical_crossentropy(TEST[1], self.model(TEST[0]), True)
+        return tf.reduce_mean(losses)
+
     def loss(self) -> float:
         """Returns that of what is outside of training."""
-        logits = self.model(TEST[0])
-        losses = keras.losses.sparse_categorical_crossentropy(TEST[1], logits, True)
-        return float(tf.reduce_mean(losses))
+        return float(self.test_step())
 
 
 def whole() -> Any:
@@ -338,12 +340,14 @@ def custom_loops() -> dict[str, Any]:
         del step
         gc.collect()
         task.meet(strategy, name)
+        tested = float(strategy.run(loop.test_step))
         loop.model.get_weights()
         task.meet(strategy, f"{name}_seen")
         strategy.synchronize()
         found[name] = {
             "steps": len(losses),
             "before": before,
+            "tested": tested,
             "after": loop.loss(),
             "weights_sha256": tf_syncdist.variables_sha256(loop.model.weights),
         }
