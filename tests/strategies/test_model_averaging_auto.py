@@ -285,7 +285,8 @@ def test_workers_must_be_given_the_same() -> None:
         described(central_momentum=0.5),
         described(period=2),
     ]
-    assert len({described(), *others}) == 6 and described() == described(1)
+    assert len({described(), *others}) == 6
+    assert described() == described(np.int64(1), period=np.int64(1))
     assert described().startswith("ModelAveragingStrategy(learners_per_device=1, correction=None, ")
 
 

@@ -123,8 +123,8 @@ class ModelAveragingStrategy(MixingStrategy):
         _check(learners_per_device, correction, central_momentum, period)
         options.check(None, transport, compression, 0, 0)
         options.check_limit(limit_gbps)
-        self._learners_given = learners_per_device
         self._tunes = learners_per_device == "auto"
+        self._learners_given = "auto" if self._tunes else int(learners_per_device)
         self._correction = correction
         self._momentum = central_momentum
         self._period = period
@@ -180,10 +180,12 @@ class ModelAveragingStrategy(MixingStrategy):
 
     def _described(self) -> str:
         """Returns the strategy with what all workers must give it alike."""
+        correction = None if self._correction is None else float(self._correction)
+        devices = len(local_devices())
         return (
             f"{type(self).__name__}(learners_per_device={self._learners_given!r}, "
-            f"correction={self._correction}, central_momentum={self._momentum}, "
-            f"period={self._period}) with {len(local_devices())} device(s) in each worker"
+            f"correction={correction}, central_momentum={float(self._momentum)}, "
+            f"period={int(self._period)}) with {devices} device(s) in each worker"
         )
 
     @property
@@ -312,7 +314,8 @@ class ModelAveragingStrategy(MixingStrategy):
             session, run = self._member.session, self._controller.run
         if run:
             # Functions that are traced already have one learner for ever.
-            say("learners_per_device='auto' is 1, since something was trained before this fit")
+            if self.is_chief:
+                say("learners_per_device='auto' is 1, since something was trained before this fit")
         else:
             try:
                 tune(self._runs, self._learners, call.model, dataset, call.batch_size, session)
