@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from tf_syncdist.aggregation import gathers
 from tf_syncdist.aggregation.gathers import (
     LEARNERS,
     PROPAGATION,
@@ -248,6 +249,20 @@ def test_what_is_for_the_whole_job_is_kept() -> None:
     job.at = [9, 9]
     assert job.gathers.forget({0, 1}) == [GatherKey(START, 0)]
     assert not job.gathers.contribute(1, GatherKey(LEARNERS, 0), part(0), 0.0)
+
+
+def test_results_of_old_gathers_are_thrown_away_but_not_what_the_job_has_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(gathers, "_MOST_RESULT_BYTES", 2000)
+    results = gathers.RecentResults()
+    results[GatherKey(LEARNERS, 0)] = bytes(900)
+    for serial in range(9):
+        results[GatherKey(METRICS, serial)] = bytes(300)
+        results[GatherKey(LEARNERS, 1 + serial)] = bytes(300)
+    assert list(results)[0] == GatherKey(LEARNERS, 0) and len(results) == 2
+    results[GatherKey(PROPAGATION, 0)] = bytes(5000)
+    assert list(results) == [GatherKey(LEARNERS, 0), GatherKey(PROPAGATION, 0)]
 
 
 def test_kinds_and_serials_are_separate_and_nothing_stays() -> None:

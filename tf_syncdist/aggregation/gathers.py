@@ -9,8 +9,6 @@ from tf_syncdist.cutoff import CutoffPolicy, Plan, SliceView
 
 # The numbers are those of the contract.
 START, PROPAGATION, LEARNERS = 2, 4, 5
-# What the job has chosen for good, from what was gathered.
-KEPT = (PROPAGATION, LEARNERS)
 
 # A worker waits for what comes of a gather before it takes part in another one.
 _MOST_OPEN = 4
@@ -27,6 +25,10 @@ class GatherKey(NamedTuple):
 
     kind: int
     serial: int
+
+
+# From these the job has chosen for good.
+KEPT = (GatherKey(PROPAGATION, 0), GatherKey(LEARNERS, 0))
 
 
 class Part(NamedTuple):
@@ -230,14 +232,14 @@ class Gathers:
         gone = [
             k
             for k, gather in self._gathers.items()
-            if gather.closed and gather.run < done and k.kind not in KEPT
+            if gather.closed and gather.run < done and k not in KEPT
         ]
         for key in gone:
             del self._gathers[key]
         return gone
 
     def _forget_old(self) -> None:
-        closed = [k for k, g in self._gathers.items() if g.closed and k.kind not in KEPT]
+        closed = [k for k, g in self._gathers.items() if g.closed and k not in KEPT]
         for key in closed[:-_MOST_CLOSED]:
             del self._gathers[key]
 
@@ -263,7 +265,10 @@ class RecentResults(dict[GatherKey, bytes]):
         super().__setitem__(key, message)
         self._bytes += len(message) + _RESULT_BYTES
         while self._bytes > _MOST_RESULT_BYTES:
-            self.pop(next(iter(self)))
+            oldest = next((k for k in self if k not in KEPT), None)
+            if oldest is None:
+                break
+            self.pop(oldest)
 
     def pop(self, key: GatherKey, default: bytes | None = None) -> bytes | None:
         """Forgets a result."""

@@ -246,7 +246,7 @@ class Job(Attendance):
     def _on_stored_gather(self, worker: int, message: pb.GatherResult, payload: memoryview) -> None:
         if self._restoring is not None:
             self._restoring.stored_gather(message, payload)
-        elif message.kind in KEPT:
+        elif (message.kind, message.serial) in KEPT:
             # The job went on at once, for want of anything else that workers knew.
             self._gathers.restore(message, payload)
 
