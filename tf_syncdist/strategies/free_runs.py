@@ -3,6 +3,7 @@
 The graph calls it; it knows no TensorFlow.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -33,6 +34,10 @@ class MixedModel(Protocol):
         """Returns whether it is about the same variables."""
         ...
 
+    def has(self, variable: object) -> bool:
+        """Returns whether a variable of the program's is one of them."""
+        ...
+
     def read_own(self) -> list[np.ndarray]:
         """Returns the values with which this worker trains, as flat arrays."""
         ...
@@ -48,6 +53,8 @@ class MixedModel(Protocol):
 
 class FreeRuns:
     """Takes a worker through its runs; no run waits for another worker.
+
+    The program may look at the model on any thread, also during a run.
 
     Args:
         session: The connection to the service.
@@ -79,6 +86,9 @@ class FreeRuns:
         self._fit = fit
         self._on_notice = on_notice
         self._clock = clock
+        # Exchangers hold one conversation at a time. Whoever talks waits for its answer with a
+        # deadline, and so does whoever waits for the lock. A run that begins may have to look.
+        self._lock = threading.RLock()
         self._last: MixedModel | None = None
         # Which centre it is: the fit in which it began, and how often the program has written the
         # variables itself within it.
@@ -93,7 +103,7 @@ class FreeRuns:
 
     def begin(self, model: MixedModel) -> np.bool_:
         """Begins a run; returns whether models are mixed in it."""
-        with recorded(self):
+        with self._lock, recorded(self):
             self._session.check()
             known = self._model
             if known is None or not known.is_like(model):
@@ -111,7 +121,7 @@ class FreeRuns:
 
     def exchange(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns what others say to this worker's values; each array as it was shaped."""
-        with recorded(self):
+        with self._lock, recorded(self):
             found = self._exchanger.exchange(self.run, [a.reshape(-1) for a in arrays])
             return [f.reshape(a.shape) for f, a in zip(found, arrays, strict=True)]
 
@@ -124,28 +134,23 @@ class FreeRuns:
 
     def settle(self) -> None:
         """Lets everything outside of training see what all workers have come to."""
-        if self._is_behind:
-            self.refresh()
+        with self._lock:
+            if self._is_behind:
+                self.refresh()
 
     def refresh(self) -> None:
         """As `settle`, also if only other workers have trained since."""
+        with self._lock:
+            self._look()
+
+    def trains(self, variable: object) -> bool:
+        """Returns whether a variable of the program's is in the model that is trained now."""
         model = self._model
-        if model is None or self._is_void or self.error is not None or self._session.has_failed:
-            return
-        self._is_behind = False
-        try:
-            own = model.read_own()
-            common = self._exchanger.consensus(self.run, own)
-            self._distance = distance(own, common)
-        except SyncDistError as e:
-            if not self._session.has_failed:
-                raise
-            self._on_notice(f"the model is as this worker knew it last: {e}")
-            return
-        model.assign(common, own=False)
+        return model is not None and model.has(variable)
 
     def written(self) -> None:
         """Takes note that the program has written variables itself; all is mixed anew from them."""
+        # Without the lock: who looks just now, on another thread, is to see it and write nothing.
         self._is_void = True
 
     @property
@@ -164,7 +169,30 @@ class FreeRuns:
 
     def mixing_report(self) -> MixingReport:
         """Returns what has become of the models."""
-        self.settle()
+        with self._lock:
+            self.settle()
+            return self._report()
+
+    # How.
+
+    def _look(self) -> None:
+        model = self._model
+        if model is None or self._is_void or self.error is not None or self._session.has_failed:
+            return
+        self._is_behind = False
+        try:
+            own = model.read_own()
+            common = self._exchanger.consensus(self.run, own)
+            self._distance = distance(own, common)
+        except SyncDistError as e:
+            if not self._session.has_failed:
+                raise
+            self._on_notice(f"the model is as this worker knew it last: {e}")
+            return
+        if not self._is_void:
+            model.assign(common, own=False)
+
+    def _report(self) -> MixingReport:
         config = self._session.config
         workers: tuple[Exchanges, ...] = ()
         centre_bytes = 0
@@ -190,8 +218,6 @@ class FreeRuns:
             self._distance,
             centre_bytes,
         )
-
-    # How.
 
     @property
     def _model(self) -> MixedModel | None:
@@ -220,6 +246,7 @@ class FreeRuns:
         fit = self._fit()
         again = self._key is not None and self._key[0] == fit
         key = (fit, self._key[1] + 1 if again else 0)
+        # What is written from here on is not in what this begins with.
+        self._is_void = False
         values, self._key = self._exchanger.start(model.specs, model.read_common(), key)
         model.assign(values, own=True)
-        self._is_void = False
