@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -186,7 +187,7 @@ class FreeStrategy(MixingStrategy):
     # What is seen outside of training.
 
     def _before_outside_use(self, variable: tf.Variable) -> None:
-        if self._member is not None and tf.executing_eagerly() and self._is_mixed(variable):
+        if self._member is not None and tf.executing_eagerly() and self._free.trains(variable):
             self._free.settle()
 
     def _before_look(self) -> None:
@@ -196,16 +197,19 @@ class FreeStrategy(MixingStrategy):
 
     def _after_outside_write(self, variable: tf.Variable) -> None:
         super()._after_outside_write(variable)
-        if self._member is not None and self._is_mixed(variable):
-            if tf.executing_eagerly():
-                self._free.written()
-            else:
-                tf.numpy_function(self._free.written, [], [])
+        if self._member is None:
+            return
+        # A model that was trained earlier, as a teacher or a target network, is not being mixed.
+        ref = weakref.ref(variable)
 
-    def _is_mixed(self, variable: tf.Variable) -> bool:
-        """Returns whether this worker trains with another copy of a variable."""
-        copies = self._learners.copies(variable)
-        return bool(copies) and copies[0] is not adapter.components(variable)[0]
+        def written() -> None:
+            if self._free.trains(ref()):
+                self._free.written()
+
+        if tf.executing_eagerly():
+            written()
+        else:
+            tf.numpy_function(written, [], [])
 
     # Keras.
 
@@ -250,6 +254,16 @@ class FreeStrategy(MixingStrategy):
         """
         if self._member is not None:
             self._free.refresh()
+
+    def distances(self) -> list[float]:
+        """Returns how far this worker's model is from what all workers have come to now.
+
+        Returns:
+            The norm of the difference of what is trained, divided by the norm of the common model;
+            zero before the first run.
+        """
+        self.synchronize()
+        return super().distances()
 
     # Reports.
 
