@@ -164,3 +164,35 @@ def test_only_what_is_trained_now_is_asked_about(worker: Worker) -> None:
     worker.fit = 2
     worker.step(other)
     assert worker.runs.trains("other") and not worker.runs.trains("one")
+
+
+def test_who_has_joined_others_writes_what_they_have_written_before(worker: Worker) -> None:
+    """In the first fit it joins those that are in the third, and comes to it after them."""
+    model = Model()
+    worker.others.key = (3, 0)
+    worker.step(model)
+    worker.others.key = None
+    for fit in (2, 3):
+        worker.runs.written()
+        worker.fit = fit
+        worker.step(model)
+    # From here on it is where they are.
+    worker.runs.written()
+    worker.step(model)
+    worker.fit = 4
+    worker.runs.written()
+    worker.step(model)
+    assert worker.others.asked == [(1, 0), (3, 0), (3, 0), (3, 1), (4, 0)]
+
+
+def test_another_model_is_trained_where_the_program_is(worker: Worker) -> None:
+    worker.others.key = (3, 0)
+    worker.step(Model("one"))
+    worker.others.key = None
+    worker.fit = 2
+    worker.step(Model("other"))
+    worker.fit = 3
+    worker.step(Model("one"))
+    with pytest.raises(ValueError, match="to and fro"):
+        worker.step(Model("other"))
+    assert worker.others.asked == [(1, 0), (2, 0), (3, 0)]

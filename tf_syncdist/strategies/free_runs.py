@@ -93,6 +93,8 @@ class FreeRuns:
         # Which centre it is: the fit in which it began, and how often the program has written the
         # variables itself within it.
         self._key: tuple[int, int] | None = None
+        # In which fit this worker's program was when it began with it.
+        self._begun_in = 0
         self._former: list[MixedModel] = []
         self._is_void = False
         self._is_behind = False
@@ -110,9 +112,9 @@ class FreeRuns:
                 self._check_new(known, model)
                 # The other variables may be in this model, too.
                 self.settle()
-                self._start(model)
+                self._start(model, self._next_key(is_new=True))
             elif self._is_void:
-                self._start(model)
+                self._start(model, self._next_key(is_new=False))
             self._last = model
             due = np.bool_(self.run % self._period == 0)
             self.run += 1
@@ -242,11 +244,20 @@ class FreeRuns:
                     "function that is given to strategy.run."
                 )
 
-    def _start(self, model: MixedModel) -> None:
-        fit = self._fit()
-        again = self._key is not None and self._key[0] == fit
-        key = (fit, self._key[1] + 1 if again else 0)
+    def _next_key(self, is_new: bool) -> tuple[int, int]:
+        """Returns which training begins: of a new model, or of one that the program has written."""
+        fit, key = self._fit(), self._key
+        if key is None or fit > key[0] or (is_new and fit < key[0]):
+            return fit, 0
+        if is_new or (fit == key[0] and fit == self._begun_in):
+            return fit, key[1] + 1
+        # It has joined others that were ahead in the program, and comes now to where they were:
+        # what it has written, they had written before.
+        return key
+
+    def _start(self, model: MixedModel, key: tuple[int, int]) -> None:
         # What is written from here on is not in what this begins with.
         self._is_void = False
+        self._begun_in = self._fit()
         values, self._key = self._exchanger.start(model.specs, model.read_common(), key)
         model.assign(values, own=True)

@@ -1,7 +1,6 @@
 """The base of the strategies in which every worker trains by its own clock."""
 
 import contextlib
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -227,7 +226,9 @@ class FreeStrategy(MixingStrategy):
         if again is None or self._has_caught_up:
             return None
         if self._stopping.fit < again.fit:
-            return sys.maxsize
+            # The program is to see, and may save, what the others have come to, not what it has
+            # made itself; a run joins what they train now.
+            return keras_calls.ONLY_LOOK
         self._has_caught_up = True
         return again.epoch if self._stopping.fit == again.fit else None
 
