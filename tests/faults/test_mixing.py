@@ -132,26 +132,33 @@ def test_a_partner_that_hangs_costs_its_time_once(jobs: Jobs) -> None:
     assert sum(seconds > 0.8 * PARTNER_SECONDS for seconds in took) <= 2
 
 
-def test_fit_goes_on_in_the_epoch_of_the_others(tmp_path: Path) -> None:
+@pytest.mark.parametrize("who", ["who comes again", "with the service"])
+def test_fit_goes_on_in_the_epoch_of_the_others(tmp_path: Path, who: str) -> None:
     epochs = 6
+    # Without `ps` tasks worker 0 brings a new service, which learns of the job from worker 1.
+    ps, killed = (1, 1) if who == "who comes again" else (0, 0)
+    stays, comes_again = f"worker {1 - killed}", f"worker {killed}"
     with FaultyJob(
         "mixing_fit.py",
         tmp_path,
         workers=2,
-        plan=Faults().kill(worker=1, at_round=20).restart(),
+        ps=ps,
+        plan=Faults().kill(worker=killed, at_round=20).restart(),
         arguments={"batches": 16, "epochs": epochs, "step_seconds": 0.03},
         proxied=False,
     ) as job:
         job.run()
-    first, second = job.lives["worker 0"][0].result, job.lives["worker 1"][1].result
+    first, second = job.lives[stays][0].result, job.lives[comes_again][1].result
     assert first["epochs"] == [list(range(epochs))] * 2
     begun, then = second["epochs"]
-    # It skips the fit that is over, or the epochs of the one in progress.
-    if begun:
-        assert begun == list(range(begun[0], epochs)) and begun[0] >= 2
-        assert then == list(range(epochs))
-    else:
-        assert then == list(range(epochs - len(then), epochs))
-    losses = values(job.lives["worker 1"][1])
-    assert losses[0] < 0.8 * values(job.lives["worker 1"][0])[0]
-    assert max(first["end"], second["end"]) < 0.6 * values(job.lives["worker 0"][0])[0]
+    # It does one batch of a fit that is over, or skips the epochs that are over of the one in
+    # progress.
+    assert begun == list(range(begun[0], epochs)) and begun[0] >= 2
+    assert then == list(range(epochs - len(then), epochs))
+    losses = values(job.lives[comes_again][1])
+    assert losses[0] < 0.8 * values(job.lives[comes_again][0])[0]
+    # What it sees and may save after the first fit is what the others have trained, too.
+    untrained = values(job.lives[stays][0])[0]
+    assert max(first["ends"] + second["ends"]) < 0.75 * untrained
+    assert max(first["ends"][1], second["ends"][1]) < 0.6 * untrained
+    assert not any(first["stopped"] + second["stopped"])

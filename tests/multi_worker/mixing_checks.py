@@ -127,6 +127,8 @@ def check_keras(found: JobResult, steps: int) -> None:
         assert history["val_loss"][-1] < history["val_loss"][0]
     # Worker 1 has ended its second fit after an epoch; the others go on.
     assert found.each("keras", "epochs") == [3, 1, 3][: len(found.results)]
+    for looks in found.each("keras", "looks"):
+        assert looks and all(looks)
     assert found.common("keras", "evaluated_again")["accuracy"] > 0.65
     # With a learning rate of 0 what was written stays, and statistics go on from it.
     assert found.common("keras", "written")["unchanged"]

@@ -206,6 +206,25 @@ def test_a_new_process_begins_with_the_centre(serve: Serve) -> None:
     assert again.mix(one)[1].staleness == 0
 
 
+def test_another_one_gives_the_first_centre_if_worker_0_is_gone(serve: Serve) -> None:
+    """Worker 0 goes when the others wait for it already, and has never asked for a centre."""
+    service = serve(3, centre=serialize(AsyncCentre()), detection_seconds=0.5)
+    zero, *others = service.sessions()
+
+    def go() -> None:
+        time.sleep(0.5)
+        zero.close()
+
+    def begin(session: Session) -> list[np.ndarray]:
+        given, _ = session.open_centre(SPECS, cut(), model(session.config.worker))
+        return [v.copy() for v in given]
+
+    begun = time.monotonic()
+    found = service.together(go, *(functools.partial(begin, s) for s in others))
+    assert time.monotonic() - begun < 8
+    assert same(found[1], found[2]) and any(same(found[1], model(w)) for w in (1, 2))
+
+
 @pytest.mark.parametrize("shards", [1, 2])
 def test_a_service_that_is_started_again_gets_the_newest_centre(serve: Serve, shards: int) -> None:
     service = serve(3, shards=shards, centre=serialize(AsyncCentre()))

@@ -46,7 +46,14 @@ class Peer:
         )
         self.partners = Partners(worker, SEED, 0.5, mesh.credentials, self.notices.append)
         self.gossip = Gossip(
-            mode, worker, candidates, self.server, self.partners, lambda: (mesh.live, mesh.done), 1
+            mode,
+            worker,
+            candidates,
+            self.server,
+            self.partners,
+            lambda: (mesh.live, mesh.done),
+            1,
+            lambda: mesh.all_have_come,
         )
 
     def start(
@@ -81,6 +88,7 @@ class Mesh:
         self.credentials = Credentials(token="a token")
         self.live: Mapping[int, str] = {}
         self.done: Mapping[int, str] = {}
+        self.all_have_come = False
         self.peers: list[Peer] = []
 
     def add(self, worker: int, mode: str = "pull", candidates: list[int] | None = None) -> Peer:
@@ -355,6 +363,32 @@ def test_who_comes_when_all_others_have_ended_begins_where_they_have_come_to(mes
 def test_nobody_to_begin_with_is_an_error(mesh: Mesh) -> None:
     with pytest.raises(WaitTimeoutError, match="a model to begin with"):
         mesh.add(1).start(1.0, seconds=0.3)
+
+
+def test_the_lowest_begins_if_worker_0_has_gone_before_its_first_step(mesh: Mesh) -> None:
+    peers = [mesh.add(w) for w in (1, 2)]
+    found: list[tuple[float, float]] = []
+    begun = time.monotonic()
+
+    def begin(peer: Peer) -> None:
+        found.append((peer.start(float(peer.worker), seconds=60.0), time.monotonic() - begun))
+
+    threads = [threading.Thread(target=begin, args=(p,)) for p in peers]
+    for thread in threads:
+        thread.start()
+    mesh.all_have_come = True
+    time.sleep(2.0)
+    # A service that is started again does not know for a moment who is there.
+    known, mesh.live = mesh.live, {**mesh.live, 0: "127.0.0.1:1"}
+    time.sleep(0.3)
+    mesh.live = known
+    for thread in threads:
+        thread.join(20)
+    assert [value for value, _ in found] == [1.0, 1.0]
+    assert all(7 < seconds < 20 for _, seconds in found)
+    assert [p.gossip.began_alone for p in peers] == [True, False]
+    # Worker 0 takes part in what the others train, if it comes again.
+    assert mesh.add(0).start(0.0) == 1.0
 
 
 def test_other_variables_are_an_error_that_names_the_first(mesh: Mesh) -> None:

@@ -130,6 +130,8 @@ class Centres:
         """Takes note that a worker takes part no more."""
         self._held.pop(worker, None)
         self.reopen(worker)
+        # It may have been due to give a centre that it has never asked for itself.
+        self._choose()
         if for_good:
             self._at.pop(worker, None)
             self._forget()

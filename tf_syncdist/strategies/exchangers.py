@@ -161,7 +161,10 @@ class GossipExchanger:
     def start(
         self, variables: Sequence[Spec], values: Values, key: tuple[int, int]
     ) -> tuple[Values, tuple[int, int]]:
-        """Returns the model of a partner, or worker 0's at the start; see `Exchanger`."""
+        """Returns the model of a partner, or worker 0's at the start; see `Exchanger`.
+
+        If the job is in progress and nobody has its model, the user is told.
+        """
         is_first = self._gossip is None
         config = self._session.config
         if is_first:
@@ -178,8 +181,9 @@ class GossipExchanger:
                 self._partners,
                 lambda: self._session.served_at,
                 seed,
+                self._session.has_started,
             )
-        return self._gossip.start(
+        begun = self._gossip.start(
             variables,
             values,
             self._session.job_seed,
@@ -188,6 +192,12 @@ class GossipExchanger:
             is_first,
             key,
         )
+        if is_first and self._gossip.began_alone and self._session.came_again is not None:
+            self._on_notice(
+                f"no worker has a model of this job (any more), so worker {config.worker} begins "
+                "with its own; load what was saved before, if anything was"
+            )
+        return begun
 
     def exchange(self, step: int, values: Values) -> Values:
         """Returns the mixed model; see `Exchanger`."""

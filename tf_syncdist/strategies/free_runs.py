@@ -3,6 +3,7 @@
 The graph calls it; it knows no TensorFlow.
 """
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -33,6 +34,10 @@ class MixedModel(Protocol):
         """Returns whether it is about the same variables."""
         ...
 
+    def has(self, variable: object) -> bool:
+        """Returns whether a variable of the program's is one of them."""
+        ...
+
     def read_own(self) -> list[np.ndarray]:
         """Returns the values with which this worker trains, as flat arrays."""
         ...
@@ -48,6 +53,8 @@ class MixedModel(Protocol):
 
 class FreeRuns:
     """Takes a worker through its runs; no run waits for another worker.
+
+    The program may look at the model on any thread, also during a run.
 
     Args:
         session: The connection to the service.
@@ -79,10 +86,15 @@ class FreeRuns:
         self._fit = fit
         self._on_notice = on_notice
         self._clock = clock
+        # Exchangers hold one conversation at a time. Whoever talks waits for its answer with a
+        # deadline, and so does whoever waits for the lock. A run that begins may have to look.
+        self._lock = threading.RLock()
         self._last: MixedModel | None = None
         # Which centre it is: the fit in which it began, and how often the program has written the
         # variables itself within it.
         self._key: tuple[int, int] | None = None
+        # In which fit this worker's program was when it began with it.
+        self._begun_in = 0
         self._former: list[MixedModel] = []
         self._is_void = False
         self._is_behind = False
@@ -93,16 +105,16 @@ class FreeRuns:
 
     def begin(self, model: MixedModel) -> np.bool_:
         """Begins a run; returns whether models are mixed in it."""
-        with recorded(self):
+        with self._lock, recorded(self):
             self._session.check()
             known = self._model
             if known is None or not known.is_like(model):
                 self._check_new(known, model)
                 # The other variables may be in this model, too.
                 self.settle()
-                self._start(model)
+                self._start(model, self._next_key(is_new=True))
             elif self._is_void:
-                self._start(model)
+                self._start(model, self._next_key(is_new=False))
             self._last = model
             due = np.bool_(self.run % self._period == 0)
             self.run += 1
@@ -111,7 +123,7 @@ class FreeRuns:
 
     def exchange(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns what others say to this worker's values; each array as it was shaped."""
-        with recorded(self):
+        with self._lock, recorded(self):
             found = self._exchanger.exchange(self.run, [a.reshape(-1) for a in arrays])
             return [f.reshape(a.shape) for f, a in zip(found, arrays, strict=True)]
 
@@ -124,28 +136,23 @@ class FreeRuns:
 
     def settle(self) -> None:
         """Lets everything outside of training see what all workers have come to."""
-        if self._is_behind:
-            self.refresh()
+        with self._lock:
+            if self._is_behind:
+                self.refresh()
 
     def refresh(self) -> None:
         """As `settle`, also if only other workers have trained since."""
+        with self._lock:
+            self._look()
+
+    def trains(self, variable: object) -> bool:
+        """Returns whether a variable of the program's is in the model that is trained now."""
         model = self._model
-        if model is None or self._is_void or self.error is not None or self._session.has_failed:
-            return
-        self._is_behind = False
-        try:
-            own = model.read_own()
-            common = self._exchanger.consensus(self.run, own)
-            self._distance = distance(own, common)
-        except SyncDistError as e:
-            if not self._session.has_failed:
-                raise
-            self._on_notice(f"the model is as this worker knew it last: {e}")
-            return
-        model.assign(common, own=False)
+        return model is not None and model.has(variable)
 
     def written(self) -> None:
         """Takes note that the program has written variables itself; all is mixed anew from them."""
+        # Without the lock: who looks just now, on another thread, is to see it and write nothing.
         self._is_void = True
 
     @property
@@ -164,7 +171,30 @@ class FreeRuns:
 
     def mixing_report(self) -> MixingReport:
         """Returns what has become of the models."""
-        self.settle()
+        with self._lock:
+            self.settle()
+            return self._report()
+
+    # How.
+
+    def _look(self) -> None:
+        model = self._model
+        if model is None or self._is_void or self.error is not None or self._session.has_failed:
+            return
+        self._is_behind = False
+        try:
+            own = model.read_own()
+            common = self._exchanger.consensus(self.run, own)
+            self._distance = distance(own, common)
+        except SyncDistError as e:
+            if not self._session.has_failed:
+                raise
+            self._on_notice(f"the model is as this worker knew it last: {e}")
+            return
+        if not self._is_void:
+            model.assign(common, own=False)
+
+    def _report(self) -> MixingReport:
         config = self._session.config
         workers: tuple[Exchanges, ...] = ()
         centre_bytes = 0
@@ -191,8 +221,6 @@ class FreeRuns:
             centre_bytes,
         )
 
-    # How.
-
     @property
     def _model(self) -> MixedModel | None:
         """What was trained last, unless the program has thrown it away."""
@@ -216,10 +244,20 @@ class FreeRuns:
                     "function that is given to strategy.run."
                 )
 
-    def _start(self, model: MixedModel) -> None:
-        fit = self._fit()
-        again = self._key is not None and self._key[0] == fit
-        key = (fit, self._key[1] + 1 if again else 0)
+    def _next_key(self, is_new: bool) -> tuple[int, int]:
+        """Returns which training begins: of a new model, or of one that the program has written."""
+        fit, key = self._fit(), self._key
+        if key is None or fit > key[0] or (is_new and fit < key[0]):
+            return fit, 0
+        if is_new or (fit == key[0] and fit == self._begun_in):
+            return fit, key[1] + 1
+        # It has joined others that were ahead in the program, and comes now to where they were:
+        # what it has written, they had written before.
+        return key
+
+    def _start(self, model: MixedModel, key: tuple[int, int]) -> None:
+        # What is written from here on is not in what this begins with.
+        self._is_void = False
+        self._begun_in = self._fit()
         values, self._key = self._exchanger.start(model.specs, model.read_common(), key)
         model.assign(values, own=True)
-        self._is_void = False

@@ -1,7 +1,8 @@
 """The base of the strategies in which every worker trains by its own clock."""
 
 import contextlib
-import sys
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,11 @@ from tf_syncdist.strategies.seeds import Seeds
 from tf_syncdist.strategies.site import Site
 from tf_syncdist.transport.credentials import Credentials
 from tf_syncdist.transport.session import SessionConfig
+
+# How long a worker that hosts the service waits for it to learn of a job in progress: longer than
+# the service waits for workers that were there before.
+_LEARN_SECONDS = 6.0
+_LOOK_SECONDS = 0.02
 
 
 class FreeStrategy(MixingStrategy):
@@ -87,7 +93,11 @@ class FreeStrategy(MixingStrategy):
         )
         self._has_common_seed = not adapter.global_seed_is_set()
         self._set_common_seed()
+        # Where the job is, if this process takes the place of another one of its worker.
+        self._in_progress = self._member.session.came_again
         self._has_caught_up = False
+        # A service that has come with this worker learns of the job from others, if there is one.
+        self._may_learn = not self._role.aggregators and self.is_chief
 
     # What subclasses say.
 
@@ -186,7 +196,7 @@ class FreeStrategy(MixingStrategy):
     # What is seen outside of training.
 
     def _before_outside_use(self, variable: tf.Variable) -> None:
-        if self._member is not None and tf.executing_eagerly() and self._is_mixed(variable):
+        if self._member is not None and tf.executing_eagerly() and self._free.trains(variable):
             self._free.settle()
 
     def _before_test(self) -> list[tf.Operation]:
@@ -202,16 +212,19 @@ class FreeStrategy(MixingStrategy):
 
     def _after_outside_write(self, variable: tf.Variable) -> None:
         super()._after_outside_write(variable)
-        if self._member is not None and self._is_mixed(variable):
-            if tf.executing_eagerly():
-                self._free.written()
-            else:
-                tf.numpy_function(self._free.written, [], [])
+        if self._member is None:
+            return
+        # A model that was trained earlier, as a teacher or a target network, is not being mixed.
+        ref = weakref.ref(variable)
 
-    def _is_mixed(self, variable: tf.Variable) -> bool:
-        """Returns whether this worker trains with another copy of a variable."""
-        copies = self._learners.copies(variable)
-        return bool(copies) and copies[0] is not adapter.components(variable)[0]
+        def written() -> None:
+            if self._free.trains(ref()):
+                self._free.written()
+
+        if tf.executing_eagerly():
+            written()
+        else:
+            tf.numpy_function(written, [], [])
 
     # Keras.
 
@@ -223,13 +236,37 @@ class FreeStrategy(MixingStrategy):
         with super()._keras_call(method, model, arguments):
             yield
 
+    def _prepare_training(
+        self, call: keras_calls.KerasCall, arguments: dict[str, Any], stack: contextlib.ExitStack
+    ) -> None:
+        if self._may_learn:
+            # Before the input is made, which is shuffled by the job's seed.
+            self._may_learn = False
+            self._learn_of_job()
+        super()._prepare_training(call, arguments, stack)
+
+    def _learn_of_job(self) -> None:
+        session = self._member.session
+        deadline = time.monotonic() + _LEARN_SECONDS
+        while not session.has_started():
+            if time.monotonic() > deadline:
+                return
+            time.sleep(_LOOK_SECONDS)
+        if session.job_seed != self._common_seed:
+            self._set_common_seed()
+        # In a new job the others are where this one begins, since they wait for its model.
+        epoch = session.wait_started().epoch
+        self._in_progress = epoch if epoch.fit else None
+
     def _begin_fit(self) -> int | None:
         """Returns where a process begins that takes the place of another one of its worker."""
-        again = self._member.session.came_again
+        again = self._in_progress
         if again is None or self._has_caught_up:
             return None
         if self._stopping.fit < again.fit:
-            return sys.maxsize
+            # The program is to see, and may save, what the others have come to, not what it has
+            # made itself; a run joins what they train now.
+            return keras_calls.ONLY_LOOK
         self._has_caught_up = True
         return again.epoch if self._stopping.fit == again.fit else None
 
@@ -256,6 +293,16 @@ class FreeStrategy(MixingStrategy):
         """
         if self._member is not None:
             self._free.refresh()
+
+    def distances(self) -> list[float]:
+        """Returns how far this worker's model is from what all workers have come to now.
+
+        Returns:
+            The norm of the difference of what is trained, divided by the norm of the common model;
+            zero before the first run.
+        """
+        self.synchronize()
+        return super().distances()
 
     # Reports.
 

@@ -60,8 +60,9 @@ class JobSide:
 
     def _set_common_seed(self) -> None:
         # Workers divide a dataset by position, so they must shuffle it alike.
+        self._common_seed = self._member.session.job_seed
         if self._has_common_seed:
-            tf.random.set_seed(self._member.session.job_seed)
+            tf.random.set_seed(self._common_seed)
 
     def _before_run(self) -> None:
         self._epochs.forget_sums()

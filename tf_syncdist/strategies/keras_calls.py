@@ -25,6 +25,9 @@ TRAINING = ("fit", "train_on_batch")
 _LOOKING = ("get_weights", "save", "save_weights", "export")
 _WITH_PROGRESS_BAR = ("fit", "evaluate", "predict")
 
+# In place of an epoch: a fit does one batch of its last epoch.
+ONLY_LOOK = -1
+
 
 class KerasCall:
     """A call of one of Keras' methods that is in progress.
@@ -184,7 +187,8 @@ class FitCallback(keras.callbacks.Callback):
 
     Args:
         on_begin: Called before the first run of a fit; returns the epoch to begin with if it is
-            not the one that was asked for, as on a worker that has come later.
+            not the one that was asked for, as on a worker that has come later; `ONLY_LOOK` if the
+            fit is over for the others.
         on_epoch_begin: Called with an epoch before its first run.
         on_epoch: Called after an epoch.
     """
@@ -200,10 +204,14 @@ class FitCallback(keras.callbacks.Callback):
         self._on_epoch_begin = on_epoch_begin
         self._on_epoch = on_epoch
         self._has_set_epoch = False
+        self._only_looks = False
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Is called by Keras."""
         epoch = self._on_begin()
+        self._only_looks = epoch == ONLY_LOOK
+        if self._only_looks:
+            epoch = max(0, self.params["epochs"] - 1)
         if epoch is not None:
             # Keras reads it when all callbacks have been called.
             adapter.set_initial_epoch(self.model, min(epoch, self.params["epochs"]))
@@ -214,6 +222,14 @@ class FitCallback(keras.callbacks.Callback):
         if self._has_set_epoch:
             # The next fit is to begin with its own.
             adapter.set_initial_epoch(self.model, None)
+        if self._only_looks:
+            # Nothing has stopped the fit of the others, as far as the program is told.
+            self.model.stop_training = False
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        """Is called by Keras."""
+        if self._only_looks:
+            self.model.stop_training = True
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Is called by Keras."""

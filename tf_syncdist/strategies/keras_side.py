@@ -26,6 +26,7 @@ class KerasSide:
     is_chief: bool
     worker_index: int
     _aggregate: int
+    _common_seed: int
     _controller: RunController
     _epochs: EpochExchange
     _member: Membership | None
@@ -126,9 +127,8 @@ class KerasSide:
 
     def _begin_fit(self) -> int | None:
         """Meets the others; returns where to begin if the job is in progress."""
-        seed = self._member.session.job_seed
         started, fit = self._member.session.wait_started(), self._stopping.fit
-        if seed != started.job_seed:
+        if self._common_seed != started.job_seed:
             # The service that this worker has started again has learned of the job meanwhile.
             self._set_common_seed()
         if started.in_progress and fit < started.epoch.fit:

@@ -55,6 +55,10 @@ class MixedVariables:
         """Returns whether it is about the same variables."""
         return [id(v) for v in self._common] == [id(v) for v in other._common]
 
+    def has(self, variable: object) -> bool:
+        """Returns whether a variable of the program's is one of them."""
+        return any(variable is v for v in self._common)
+
     @property
     def _common(self) -> list[tf.Variable]:
         return [ref() for ref in self._refs]

@@ -19,7 +19,8 @@ from tf_syncdist.transport.states import Spec
 MODES = ("pull", "push")
 
 _LOOK_SECONDS = 0.05
-# Who begins has a model at once, unless it fails.
+# Who begins has a model at once, unless it fails; and a service that was started again knows who is
+# there by then.
 _BEGIN_SECONDS = 5.0
 
 
@@ -54,6 +55,7 @@ class _Found(NamedTuple):
         begins: Whether a worker of lower index begins with it just now, and has no model yet; or
             whether one has not answered, where this one looks for its first model.
         is_late: Whether all others have ended, worker 0 too, so nobody will come with a model.
+        is_lowest: Whether this worker takes part, and none of lower index.
     """
 
     models: ModelFormat
@@ -61,6 +63,7 @@ class _Found(NamedTuple):
     is_over: bool
     begins: bool
     is_late: bool
+    is_lowest: bool
 
 
 class Gossip:
@@ -75,9 +78,11 @@ class Gossip:
         partners: Calls the others.
         addresses: Returns where the workers are: those that take part, and those that are done.
         seed: Of the draws.
+        all_have_come: Returns whether all workers have come, worker 0 too, whoever is there now.
 
     Attributes:
         counts: See `GossipCounts`.
+        began_alone: Whether this worker began with its own model, since nobody showed one.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class Gossip:
         partners: Partners,
         addresses: Callable[[], tuple[Mapping[int, str], Mapping[int, str]]],
         seed: int,
+        all_have_come: Callable[[], bool] = lambda: False,
     ) -> None:
         self._mode = mode
         self._worker = worker
@@ -97,7 +103,9 @@ class Gossip:
         self._partners = partners
         self._addresses = addresses
         self._random = np.random.default_rng([seed, worker])
+        self._all_have_come = all_have_come
         self._models: ModelFormat | None = None
+        self.began_alone = False
         self.counts = GossipCounts()
 
     def start(
@@ -115,7 +123,8 @@ class Gossip:
         That is the model of the worker that is furthest in this training, if any is in it. A worker
         that comes late takes part in the latest one of its variables, whichever its own would be;
         if all others have ended, it begins where they have come to.
-        At the start of a job nobody has a model; then all begin with worker 0's. A later training
+        At the start of a job nobody has a model; then all begin with worker 0's, or if it has come
+        and gone, with that of the lowest index among those that are there. A later training
         begins with the model of the worker that comes to it first; of several that come in the same
         moment, with that of the lowest index.
 
@@ -141,13 +150,17 @@ class Gossip:
         self._models = found.models
         model = found.model or Model(0, values)
         self._server.publish(model)
-        if not is_first and (found.model is None or not found.model.step):
+        self.began_alone = found.model is None
+        # Who waited for worker 0 in vain is not the only one that could begin.
+        is_second = is_first and self._worker and self.began_alone
+        if (is_second or not is_first) and (found.model is None or not found.model.step):
             # One of lower index may have begun after the look at it, and not have seen this model;
             # who has given this worker its model may leave it for that one's.
             found = self._wait_for_model(models, False, deadline, timeout_seconds, check, True)
             if found.model is not None:
                 model = found.model
                 self._server.publish(model)
+                self.began_alone = False
         return model.values, found.models.key
 
     def _wait_for_model(
@@ -159,15 +172,21 @@ class Gossip:
         check: Callable[[], None],
         of_lower: bool = False,
     ) -> _Found:
-        begun = time.monotonic()
+        begun = lowest_since = time.monotonic()
         while True:
             found = self._found(models, is_first, of_lower)
-            waits = bool(self._worker) and is_first and found.model is None and not found.is_over
-            begins = found.begins and time.monotonic() - begun < _BEGIN_SECONDS
+            now = time.monotonic()
+            is_early = now - begun < _BEGIN_SECONDS
+            if not found.is_lowest or found.is_late or not self._all_have_come():
+                lowest_since = now
+            # If worker 0 has gone without a model, the next one begins.
+            is_due = not self._worker or now - lowest_since > _BEGIN_SECONDS
+            waits = not is_due and is_first and found.model is None and not found.is_over
+            begins = found.begins and is_early
             if not waits and not begins:
                 return found
             check()
-            if found.is_late and time.monotonic() - begun > _BEGIN_SECONDS:
+            if found.is_late and not is_early:
                 raise WaitTimeoutError(
                     f"Worker {self._worker} came when all others had ended, and none of them "
                     "answers any more, so nobody has a model for it to begin with. Load what "
@@ -247,6 +266,7 @@ class Gossip:
         live, done = self._look_around()
         found = []
         is_over = begins = False
+        is_lowest = min(live, default=-1) == self._worker
         is_left = is_first and not live.keys() - {self._worker}
         others = (
             w
@@ -273,8 +293,8 @@ class Gossip:
             alike = models if key == models.key else models.of_training(key)
             model = self._partners.pull(worker, alike)
             if model is not None:
-                return _Found(alike, model, is_over, begins, False)
-        return _Found(models, None, is_over, begins, is_left and 0 in done)
+                return _Found(alike, model, is_over, begins, False, is_lowest)
+        return _Found(models, None, is_over, begins, is_left and 0 in done, is_lowest)
 
     def _pull(self, partner: int, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
         model = self._partners.pull(partner, self._models)

@@ -41,13 +41,14 @@ def main() -> None:
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.Adam(1e-2), loss)
     note = Note()
-    epochs = []
+    epochs, ends, stopped = [], [], []
     for _ in range(2):
         fit = {"batch_size": BATCH_SIZE, "epochs": ARGUMENTS["epochs"], "verbose": 0}
         history = model.fit(x, y, callbacks=[note], **fit)
         epochs.append(history.epoch)
-    end = model.evaluate(x, y, verbose=0)
-    member.write(strategy, model, model.optimizer, epochs=epochs, end=end)
+        ends.append(model.evaluate(x, y, verbose=0))
+        stopped.append(model.stop_training)
+    member.write(strategy, model, model.optimizer, epochs=epochs, ends=ends, stopped=stopped)
 
 
 main()

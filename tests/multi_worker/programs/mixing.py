@@ -8,6 +8,7 @@ import contextlib
 import gc
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -243,7 +244,8 @@ def keras_model() -> dict[str, Any]:
             found["restored"] = restored.predict(TEST[0], verbose=0).sum().item()
     task.meet(strategy, "keras_saved")
     callbacks = [slowly, Stop()] if me == 1 else [slowly]
-    again = model.fit(*TRAIN, batch_size=16, epochs=3, verbose=0, callbacks=callbacks)
+    with looked_at(model, found.setdefault("looks", [])):
+        again = model.fit(*TRAIN, batch_size=16, epochs=3, verbose=0, callbacks=callbacks)
     found["epochs"] = len(again.epoch)
     task.meet(strategy, "keras_again")
     found["evaluated_again"] = model.evaluate(**test, return_dict=True)
@@ -268,6 +270,24 @@ def written_in_between(model: keras.Model) -> dict[str, Any]:
         "unchanged": bool(all(np.array_equal(v, np.full_like(v, 0.25)) for v in trained)),
         "statistics": model.layers[1].moving_mean.numpy().tolist(),
     }
+
+
+@contextlib.contextmanager
+def looked_at(model: keras.Model, seen: list[bool]) -> Iterator[None]:
+    """Looks at a model from another thread all the time, as a monitor does."""
+    stop = threading.Event()
+
+    def look() -> None:
+        while not stop.wait(0.01):
+            seen.append(all(np.isfinite(w).all() for w in model.get_weights()))
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(60.0)
 
 
 # Custom loops.
