@@ -164,8 +164,11 @@ def test_who_looks_during_a_run_says_so(worker: Worker) -> None:
     worker.runs.refresh()
     assert worker.others.in_run
     worker.runs.finish()
-    worker.runs.refresh()
-    assert not worker.others.in_run
+    # What the run has come to was not seen yet.
+    worker.runs.settle()
+    assert not worker.others.in_run and worker.others.looks == 2
+    worker.runs.settle()
+    assert worker.others.looks == 2
 
 
 def test_only_what_is_trained_now_is_asked_about(worker: Worker) -> None:

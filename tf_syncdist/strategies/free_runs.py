@@ -183,7 +183,8 @@ class FreeRuns:
         model = self._model
         if model is None or self._is_void or self.error is not None or self._session.has_failed:
             return
-        self._is_behind = False
+        # What a run in progress comes to is not in it.
+        self._is_behind = self._is_running
         try:
             own = model.read_own()
             common = self._exchanger.consensus(self.run, own, self._is_running)
