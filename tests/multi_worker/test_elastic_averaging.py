@@ -66,6 +66,9 @@ def test_what_is_outside_of_training_sees_the_centre(jobs: Jobs) -> None:
 
 def test_custom_loops(jobs: Jobs) -> None:
     checks.check_loops(jobs["all"])
+    # Distances are those from the centre of now, whoever has looked at it last.
+    for before, after in jobs["all"].each("loop", "distances"):
+        assert before == after and before[0] > 0
 
 
 def test_nobody_waits(jobs: Jobs) -> None:

@@ -54,6 +54,7 @@ class Others:
         self.key: Key | None = None
         self.asked: list[Key] = []
         self.looks = 0
+        self.in_run = False
         self.during = lambda: None
         self._talks = threading.Lock()
 
@@ -67,10 +68,11 @@ class Others:
         self._talk()
         return values
 
-    def consensus(self, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
+    def consensus(self, step: int, values: list[np.ndarray], in_run: bool) -> list[np.ndarray]:
         """."""
         self._talk()
         self.looks += 1
+        self.in_run = in_run
         return [np.full(1, self.centre, "f4")]
 
     def exchanges(self) -> Exchanges:
@@ -154,6 +156,19 @@ def test_a_look_does_not_undo_what_is_written_meanwhile(worker: Worker) -> None:
     worker.others.during = lambda: None
     worker.step(model)
     assert worker.others.asked == [(1, 0), (1, 1)]
+
+
+def test_who_looks_during_a_run_says_so(worker: Worker) -> None:
+    model = Model()
+    worker.runs.begin(model)
+    worker.runs.refresh()
+    assert worker.others.in_run
+    worker.runs.finish()
+    # What the run has come to was not seen yet.
+    worker.runs.settle()
+    assert not worker.others.in_run and worker.others.looks == 2
+    worker.runs.settle()
+    assert worker.others.looks == 2
 
 
 def test_only_what_is_trained_now_is_asked_about(worker: Worker) -> None:

@@ -46,8 +46,14 @@ class Exchanger(Protocol):
         """Returns what others say to a worker's values; new arrays, or the given ones."""
         ...
 
-    def consensus(self, step: int, values: Values) -> Values:
-        """Returns the model that all workers have come to, given this worker's own."""
+    def consensus(self, step: int, values: Values, in_run: bool) -> Values:
+        """Returns the model that all workers have come to, given this worker's own.
+
+        Args:
+            step: How many steps this worker has begun.
+            values: Its model.
+            in_run: Whether a step is being taken just now, so that the model may be half of it.
+        """
         ...
 
     def exchanges(self) -> Exchanges:
@@ -106,9 +112,9 @@ class CentreExchanger:
         )
         return _copied(centre)
 
-    def consensus(self, step: int, values: Values) -> Values:
+    def consensus(self, step: int, values: Values, in_run: bool) -> Values:
         """Returns the centre; see `Exchanger`."""
-        del step, values
+        del step, values, in_run
         return _copied(self._session.read_centre())
 
     def exchanges(self) -> Exchanges:
@@ -203,9 +209,9 @@ class GossipExchanger:
         """Returns the mixed model; see `Exchanger`."""
         return self._gossip.exchange(step, values)
 
-    def consensus(self, step: int, values: Values) -> Values:
-        """Returns the mean of all models; see `Exchanger`."""
-        return self._gossip.average(step, values)
+    def consensus(self, step: int, values: Values, in_run: bool) -> Values:
+        """Returns the mean of all models of this training; see `Exchanger`."""
+        return self._gossip.average(step, values, in_run)
 
     def exchanges(self) -> Exchanges:
         """Returns what this worker has counted."""

@@ -98,6 +98,7 @@ class FreeRuns:
         self._former: list[MixedModel] = []
         self._is_void = False
         self._is_behind = False
+        self._is_running = False
         self._distance: float | None = None
         self._first_end = self._last_end = 0.0
 
@@ -118,7 +119,7 @@ class FreeRuns:
             self._last = model
             due = np.bool_(self.run % self._period == 0)
             self.run += 1
-            self._is_behind = True
+            self._is_behind = self._is_running = True
             return due
 
     def exchange(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -129,6 +130,7 @@ class FreeRuns:
 
     def finish(self) -> None:
         """Takes note that a run is done."""
+        self._is_running = False
         self._last_end = self._clock()
         self._first_end = self._first_end or self._last_end
 
@@ -181,10 +183,11 @@ class FreeRuns:
         model = self._model
         if model is None or self._is_void or self.error is not None or self._session.has_failed:
             return
-        self._is_behind = False
+        # What a run in progress comes to is not in it.
+        self._is_behind = self._is_running
         try:
             own = model.read_own()
-            common = self._exchanger.consensus(self.run, own)
+            common = self._exchanger.consensus(self.run, own, self._is_running)
             self._distance = distance(own, common)
         except SyncDistError as e:
             if not self._session.has_failed:

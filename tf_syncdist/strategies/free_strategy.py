@@ -212,7 +212,7 @@ class FreeStrategy(MixingStrategy):
 
     def _after_outside_write(self, variable: tf.Variable) -> None:
         super()._after_outside_write(variable)
-        if self._member is None:
+        if self._member is None or not self._is_mixed(variable):
             return
         # A model that was trained earlier, as a teacher or a target network, is not being mixed.
         ref = weakref.ref(variable)
@@ -225,6 +225,11 @@ class FreeStrategy(MixingStrategy):
             written()
         else:
             tf.numpy_function(written, [], [])
+
+    def _is_mixed(self, variable: tf.Variable) -> bool:
+        """Returns whether this worker trains, or has trained, with another copy of a variable."""
+        copies = self._learners.copies(variable)
+        return bool(copies) and copies[0] is not adapter.components(variable)[0]
 
     # Keras.
 

@@ -27,10 +27,10 @@ class GossipStrategy(FreeStrategy):
     worker takes its share.
 
     Evaluate, predict, save, get_weights and checkpoints see the mean of the models of all workers
-    that are there; training goes on with each worker's own. Statistics of batch normalisation are
-    mixed like parameters; what optimizers hold stays with each worker. Metrics and callbacks are
-    each worker's own, and so is the end of a fit. A worker that comes late begins with the model of
-    another one.
+    that train this model now, or have ended; training goes on with each worker's own. Statistics of
+    batch normalisation are mixed like parameters; what optimizers hold stays with each worker.
+    Metrics and callbacks are each worker's own, and so is the end of a fit. A worker that comes
+    late begins with the model of another one.
 
     A partner that does not answer costs `partner_timeout_seconds` once. It is not drawn again until
     it is heard of again.

@@ -105,6 +105,7 @@ class Gossip:
         self._random = np.random.default_rng([seed, worker])
         self._all_have_come = all_have_come
         self._models: ModelFormat | None = None
+        self._shown: Sequence[bytes] = ()
         self.began_alone = False
         self.counts = GossipCounts()
 
@@ -149,7 +150,7 @@ class Gossip:
             self._server.begin(job_seed, found.models)
         self._models = found.models
         model = found.model or Model(0, values)
-        self._server.publish(model)
+        self._show(model)
         self.began_alone = found.model is None
         # Who waited for worker 0 in vain is not the only one that could begin.
         is_second = is_first and self._worker and self.began_alone
@@ -159,7 +160,7 @@ class Gossip:
             found = self._wait_for_model(models, False, deadline, timeout_seconds, check, True)
             if found.model is not None:
                 model = found.model
-                self._server.publish(model)
+                self._show(model)
                 self.began_alone = False
         return model.values, found.models.key
 
@@ -211,7 +212,7 @@ class Gossip:
             New arrays, or the very list that was given if nothing was mixed.
         """
         live, _ = self._look_around()
-        parts = self._server.publish(Model(step, values))
+        parts = self._show(Model(step, values))
         there = self._partners.present(
             c for c in self._candidates if c in live or c == self._worker
         )
@@ -232,20 +233,26 @@ class Gossip:
         self._count(mixed=pushed.count)
         return mixed
 
-    def average(self, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
-        """Returns the mean of the models of all workers that answer, this one's included.
+    def average(
+        self, step: int, values: list[np.ndarray], in_step: bool = False
+    ) -> list[np.ndarray]:
+        """Returns the mean of all models of this training that workers show, this one's included.
 
         Args:
             step: How many steps this worker has taken.
             values: Its model as flat arrays.
+            in_step: Whether it takes a step just now. Then its model counts as it was shown last.
         """
         live, done = self._look_around()
-        self._server.publish(Model(step, values))
+        own = self._models.read(self._shown) if in_step else None
+        if own is None:
+            own = Model(step, values)
+            self._show(own)
         total = [np.zeros(v.size) for v in values]
         count = 0
         # In the same order on all workers, so that they see the same bits.
         for worker in sorted(self._partners.present({*live, *done, self._worker})):
-            model = Model(step, values)
+            model = own
             if worker != self._worker:
                 model = self._partners.pull(worker, self._models)
             if model is not None:
@@ -255,6 +262,11 @@ class Gossip:
         return [(t / count).astype(v.dtype) for t, v in zip(total, values, strict=True)]
 
     # How.
+
+    def _show(self, model: Model) -> Sequence[bytes]:
+        """Shows a model to the others; returns it as messages."""
+        self._shown = self._server.publish(model)
+        return self._shown
 
     def _look_around(self) -> tuple[Mapping[int, str], Mapping[int, str]]:
         live, done = self._addresses()

@@ -159,15 +159,18 @@ def turns_in_loop() -> dict[str, Any]:
         own.append(step(tf.constant(x[number]), tf.constant(y[number])).numpy().tolist())
         turns.on_train_batch_end(number)
     task.meet(strategy, "turns_in_loop")
+    distances = [strategy.distances()]
     # Who looks shows its own model, so the first look may have seen an older one of others.
     weights_of(model)
     task.meet(strategy, "turns_in_loop_seen")
     strategy.synchronize()
+    distances.append(strategy.distances())
     return {
         "x": x.tolist(),
         "y": y.tolist(),
         "start": start,
         "own": own,
+        "distances": distances,
         "drawn": turns.drawn,
         "end": weights_of(model),
     }
