@@ -1,102 +1,21 @@
-"""Workers serve their models to one another: rules, snapshots, dead partners, starts."""
+"""Workers serve their models to one another: rules, snapshots, dead partners, interrupts."""
 
 import functools
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from tf_syncdist.errors import ModelMismatchError, WaitTimeoutError
 from tf_syncdist.proto import tf_syncdist_peers_pb2 as pb
 from tf_syncdist.transport import wire
-from tf_syncdist.transport.credentials import Credentials
-from tf_syncdist.transport.gossiping import Gossip
 from tf_syncdist.transport.models import Model, ModelFormat, Refusal
 from tf_syncdist.transport.partners import Partners
 from tf_syncdist.transport.peer_server import PeerServer
 
-SHAPES = [(3, 5), (7,), ()]
-SPECS = [(f"v{i}", "float32", shape) for i, shape in enumerate(SHAPES)]
-SEED = 5
-
-
-def filled(value: float) -> list[np.ndarray]:
-    """A model of one value."""
-    return [np.full(int(np.prod(s)), value, "f4") for s in SHAPES]
-
-
-def value_of(values: list[np.ndarray]) -> float:
-    """The one value of a model; all parts of it must be of the same step."""
-    (value,) = {float(x) for v in values for x in v}
-    return value
-
-
-class Peer:
-    """One worker without a program."""
-
-    def __init__(self, mesh: "Mesh", worker: int, mode: str, candidates: list[int]) -> None:
-        self.notices: list[str] = []
-        self.mesh = mesh
-        self.worker = worker
-        self.server = PeerServer(
-            worker, credentials=mesh.credentials, on_heard=lambda w: self.partners.heard(w)
-        )
-        self.partners = Partners(worker, SEED, 0.5, mesh.credentials, self.notices.append)
-        self.gossip = Gossip(
-            mode,
-            worker,
-            candidates,
-            self.server,
-            self.partners,
-            lambda: (mesh.live, mesh.done),
-            1,
-            lambda: mesh.all_have_come,
-        )
-
-    def start(
-        self,
-        value: float,
-        specs: list = SPECS,
-        seconds: float = 5.0,
-        key: tuple[int, int] = (1, 0),
-        is_first: bool = True,
-    ) -> float:
-        """Begins with a model and returns with which it really does."""
-        model = filled(value) if specs is SPECS else [np.zeros(int(np.prod(specs[0][2])), "f4")]
-        values, self.key = self.gossip.start(
-            specs, model, SEED, seconds, lambda: None, is_first, key
-        )
-        return value_of(values)
-
-    def exchange(self, step: int, value: float) -> float:
-        """Mixes a model of one value."""
-        return value_of(self.gossip.exchange(step, filled(value)))
-
-    def close(self) -> None:
-        """Ends it."""
-        self.partners.close()
-        self.server.close()
-
-
-class Mesh:
-    """Some workers, and what the service would tell them of each other."""
-
-    def __init__(self) -> None:
-        self.credentials = Credentials(token="a token")
-        self.live: Mapping[int, str] = {}
-        self.done: Mapping[int, str] = {}
-        self.all_have_come = False
-        self.peers: list[Peer] = []
-
-    def add(self, worker: int, mode: str = "pull", candidates: list[int] | None = None) -> Peer:
-        """Adds a worker, of three by default."""
-        peer = Peer(self, worker, mode, [0, 1, 2] if candidates is None else candidates)
-        self.peers.append(peer)
-        self.live = {**self.live, worker: f"127.0.0.1:{peer.server.port}"}
-        return peer
+from .gossip_mesh import SEED, SPECS, Mesh, drawn, filled, value_of
 
 
 @pytest.fixture
@@ -106,12 +25,6 @@ def mesh() -> Iterator[Mesh]:
     yield mesh
     for peer in mesh.peers:
         peer.close()
-
-
-def drawn(peer: Peer, steps: int) -> list[int]:
-    """The partners that a worker is going to draw, if all are there."""
-    random = np.random.default_rng([1, peer.worker])
-    return [int(random.integers(3)) for _ in range(steps)]
 
 
 def test_pull_averages_with_what_the_partner_has_shown(mesh: Mesh) -> None:
@@ -255,29 +168,6 @@ def test_who_answers_greetings_again_is_a_partner_again(mesh: Mesh) -> None:
         time.sleep(0.05)
 
 
-def test_who_comes_again_does_not_begin_anew_because_the_others_are_busy(mesh: Mesh) -> None:
-    one = mesh.add(1)
-    address = mesh.live[1]
-    one.server.begin(SEED, ModelFormat(SPECS, SEED, 1, (1, 0)))
-    one.server.publish(Model(30, filled(9.0)))
-    silent = socket.create_server(("127.0.0.1", 0))
-    mesh.live = {1: f"127.0.0.1:{silent.getsockname()[1]}"}
-
-    def answer() -> None:
-        mesh.live = {**mesh.live, 1: address}
-
-    timer = threading.Timer(1.2, answer)
-    timer.start()
-    assert mesh.add(0).start(1.0) == 9.0
-    timer.join()
-    # Who does not answer at all is not waited for.
-    mesh.live = {1: f"127.0.0.1:{silent.getsockname()[1]}"}
-    begun = time.monotonic()
-    assert mesh.add(0).start(1.0, seconds=60.0) == 1.0
-    assert 4 < time.monotonic() - begun < 20
-    silent.close()
-
-
 @pytest.mark.parametrize("mode", ["pull", "push"])
 def test_an_interrupt_ends_the_wait_for_a_partner(mesh: Mesh, mode: str) -> None:
     zero, one = (mesh.add(w, mode, [0, 1]) for w in range(2))
@@ -322,81 +212,6 @@ def test_who_calls_is_a_partner_again(mesh: Mesh) -> None:
     assert first.partners.present([0, 1]) == [0, 1]
 
 
-def test_all_begin_with_worker_0_and_late_ones_with_a_partner(mesh: Mesh) -> None:
-    one = mesh.add(1)
-    begun: list[float] = []
-    thread = threading.Thread(target=lambda: begun.append(one.start(11.0)))
-    thread.start()
-    time.sleep(0.3)
-    assert not begun
-    zero = mesh.add(0)
-    assert zero.start(7.0) == 7.0
-    thread.join(10)
-    assert begun == [7.0]
-    one.gossip.exchange(6, filled(9.0))
-    zero.gossip.exchange(5, filled(8.0))
-    assert mesh.add(2).start(3.0) == 9.0
-    # Worker 0 too, if it is another process of it.
-    zero.close()
-    again = Peer(mesh, 0, "pull", [0, 1, 2])
-    mesh.peers.append(again)
-    assert again.start(7.0) == 9.0
-
-
-def test_who_comes_when_all_others_have_ended_begins_where_they_have_come_to(mesh: Mesh) -> None:
-    first = mesh.add(0)
-    first.start(7.0)
-    first.server.publish(Model(50, filled(9.0)))
-    mesh.done, mesh.live = dict(mesh.live), {}
-    assert mesh.add(1).start(1.0) == 9.0
-    # While anybody takes part, those that have ended are not looked at.
-    first.server.publish(Model(60, filled(11.0)))
-    assert mesh.add(2).start(1.0) == 9.0
-    first.close()
-    mesh.live = {}
-    begun = time.monotonic()
-    with pytest.raises(WaitTimeoutError, match="came when all others had ended"):
-        mesh.add(1).start(1.0, seconds=60.0)
-    assert time.monotonic() - begun < 20
-
-
-def test_nobody_to_begin_with_is_an_error(mesh: Mesh) -> None:
-    with pytest.raises(WaitTimeoutError, match="a model to begin with"):
-        mesh.add(1).start(1.0, seconds=0.3)
-
-
-def test_the_lowest_begins_if_worker_0_has_gone_before_its_first_step(mesh: Mesh) -> None:
-    """Worker 0 takes part in what the others train, if it comes again."""
-    peers = [mesh.add(w) for w in (1, 2)]
-    found: list[tuple[float, float]] = []
-    begun = time.monotonic()
-
-    def begin(peer: Peer) -> None:
-        found.append((peer.start(float(peer.worker), seconds=60.0), time.monotonic() - begun))
-
-    mesh.all_have_come = True
-    threads = [threading.Thread(target=begin, args=(p,)) for p in peers]
-    for thread in threads:
-        thread.start()
-    time.sleep(2.0)
-    # A service that is started again does not know for a moment who is there.
-    known, mesh.live = mesh.live, {**mesh.live, 0: "127.0.0.1:1"}
-    time.sleep(0.3)
-    mesh.live = known
-    for thread in threads:
-        thread.join(20)
-    assert len(found) == 2 and all(v == 1.0 and 7 < seconds < 20 for v, seconds in found)
-    assert [p.gossip.began_alone for p in peers] == [True, False]
-    assert mesh.add(0).start(0.0) == 1.0
-
-
-def test_other_variables_are_an_error_that_names_the_first(mesh: Mesh) -> None:
-    mesh.add(0).start(0.0)
-    match = r"variable 0 is w \(float32, shape \[4\]\) on worker 1 and v0 \(float32, shape \[3, 5\]"
-    with pytest.raises(ModelMismatchError, match=match):
-        mesh.add(1).start(0.0, [("w", "float32", (4,))])
-
-
 def test_the_average_is_that_of_all_who_are_there_or_done(mesh: Mesh) -> None:
     peers = [mesh.add(w) for w in range(4)]
     for peer in peers:
@@ -411,16 +226,6 @@ def test_the_average_is_that_of_all_who_are_there_or_done(mesh: Mesh) -> None:
     assert value_of(average()) == pytest.approx((1 + 2 + 8) / 3)
     # Who is done is no partner: what is mixed is 1 and 2.
     assert {peers[0].exchange(step, 1.0) for step in range(30)} <= {1.0, 1.5}
-
-
-def test_who_comes_late_takes_part_in_the_training_of_the_others(mesh: Mesh) -> None:
-    zero = mesh.add(0)
-    zero.start(7.0)
-    assert zero.start(5.0, key=(3, 2), is_first=False) == 5.0
-    late = mesh.add(1)
-    assert late.start(1.0) == 5.0 and late.key == (3, 2)
-    assert late.gossip.average(1, filled(6.0))[0][0] == 5.5
-    assert late.gossip.average(2, filled(100.0), in_step=True)[0][0] == 5.5
 
 
 def test_models_of_another_training_are_not_mixed(mesh: Mesh) -> None:
@@ -446,38 +251,6 @@ def test_models_of_another_training_are_not_mixed(mesh: Mesh) -> None:
             assert found == {6.0, 9.0}
         zero.close()
         one.close()
-
-
-def test_a_later_training_begins_with_one_model(mesh: Mesh) -> None:
-    """Whoever comes to it first, and if all come at once."""
-    peers = [mesh.add(w) for w in range(3)]
-    for peer in peers:
-        peer.start(0.0)
-    assert peers[2].start(12.0, key=(2, 0), is_first=False) == 12.0
-    assert [p.start(10.0 + p.worker, key=(2, 0), is_first=False) for p in peers[:2]] == [12.0] * 2
-    for revision in range(1, 60):
-        begun: dict[int, float] = {}
-
-        def begin(peer: Peer, revision: int = revision, begun: dict = begun) -> None:
-            # In another order every time.
-            time.sleep((revision + peer.worker) % 3 * 0.001)
-            value = 10.0 + peer.worker
-            begun[peer.worker] = peer.start(value, key=(2, revision), is_first=False)
-
-        threads = [threading.Thread(target=begin, args=(p,)) for p in peers]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(10)
-        assert len(begun) == 3 and len(set(begun.values())) == 1, begun
-
-
-def test_a_worker_does_not_wait_for_a_training_that_is_over(mesh: Mesh) -> None:
-    zero = mesh.add(0)
-    zero.start(0.0)
-    zero.start(0.0, [("w", "float32", (4,))], key=(2, 0), is_first=False)
-    one = mesh.add(1)
-    assert one.start(8.0) == 8.0 and one.key == (1, 0)
 
 
 def test_messages_that_are_no_whole_model() -> None:
