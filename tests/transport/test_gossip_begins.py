@@ -75,6 +75,12 @@ def test_who_comes_when_all_others_have_ended_begins_where_they_have_come_to(mes
     # While anybody takes part, those that have ended are not looked at.
     first.server.publish(Model(60, filled(11.0)))
     assert mesh.add(2).start(1.0) == 9.0
+    # Those that take part may be as new as this one.
+    new = Mesh()
+    new.done = mesh.done
+    assert [new.add(w).start(1.0) for w in (1, 2)] == [11.0, 11.0]
+    for peer in new.peers:
+        peer.close()
     first.close()
     mesh.live = {}
     begun = time.monotonic()

@@ -280,12 +280,12 @@ class Gossip:
         is_over = begins = False
         is_lowest = min(live, default=-1) == self._worker
         is_left = is_first and not live.keys() - {self._worker}
-        others = (
-            w
-            for w in sorted(done if is_left else live)
-            if w < self._worker or (w > self._worker and not of_lower)
-        )
-        for worker in others:
+        for worker in [*sorted(live), *sorted(done if is_first else ())]:
+            if worker == self._worker or (worker > self._worker and of_lower):
+                continue
+            if found and worker not in live:
+                # While anybody who takes part has a model, those that have ended are not asked.
+                break
             reply = self._partners.greet(worker) if self._partners.present([worker]) else None
             # A process that comes again must not begin anew because the others are busy.
             begins = begins or (reply is None and is_first)
