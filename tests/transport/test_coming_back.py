@@ -54,8 +54,8 @@ def test_a_new_process_takes_over_a_state_and_goes_on(serve: Serve) -> None:
     )
     assert late.bytes == workers[0].bytes == workers[1].bytes
     contributed, late_ones, replayed, missed = late.counts
-    # Nobody waits for it before it is heard of in a round.
-    assert contributed + late_ones + replayed == 15 and missed == 10 and contributed >= 3
+    # Nobody waits for it before it is heard of in a round, nor while the machine keeps it silent.
+    assert contributed + late_ones + replayed == 15 and missed == 10 and contributed > 0
 
 
 def test_a_process_that_was_followed_by_another_is_refused(serve: Serve) -> None:
