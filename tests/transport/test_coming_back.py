@@ -91,7 +91,7 @@ def test_a_worker_that_comes_late_to_a_service_that_was_started_again(
     serve: Serve, monkeypatch: pytest.MonkeyPatch, b: int
 ) -> None:
     """It may have results that were computed anew, so it takes over a state."""
-    monkeypatch.setattr(recovery, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(recovery, "GRACE_SECONDS", 1.0)
     service = serve(3, b=b, transport="grpc")
     workers = service.workers()
     everybody = [(w, w.site("a", "b")) for w in workers]
