@@ -178,6 +178,13 @@ def test_what_training_makes_begins_as_it_was_made() -> None:
         close(value, wanted, 1e-5)
 
 
+def automatic() -> tuple[ModelAveragingStrategy, keras.Model]:
+    """Returns a strategy that measures, and a model of it."""
+    strategy = ModelAveragingStrategy("auto")
+    with strategy.scope():
+        return strategy, noisy()
+
+
 def pays_until(learners: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets more learners not pay, whatever the machine says."""
     measure = learner_tuning._runs_per_second
@@ -191,9 +198,7 @@ def pays_until(learners: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_learners_that_were_only_tried_leave_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     pays_until(1, monkeypatch)
-    strategy = ModelAveragingStrategy("auto")
-    with strategy.scope():
-        model = noisy()
+    strategy, model = automatic()
     fit(model, X, Y, batch_size=BATCH)
     assert strategy.num_learners == 1 and strategy.distances() == [0.0]
     assert strategy._learners._copies == {}
@@ -211,18 +216,14 @@ def test_learners_for_which_there_is_no_memory_are_not_had(
         return measure(model, batch, count, clock)
 
     monkeypatch.setattr(learner_tuning, "_runs_per_second", rate)
-    strategy = ModelAveragingStrategy("auto")
-    with strategy.scope():
-        model = noisy()
+    strategy, model = automatic()
     fit(model, X, Y, batch_size=BATCH)
     assert strategy.num_learners == 2
 
 
 def test_an_error_in_measuring_leaves_it_to_the_next_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     pays_until(2, monkeypatch)
-    strategy = ModelAveragingStrategy("auto")
-    with strategy.scope():
-        model = noisy()
+    strategy, model = automatic()
     with pytest.raises((ValueError, tf.errors.InvalidArgumentError)):
         model.fit(X[:, :3], Y, batch_size=BATCH, verbose=0)
     assert strategy.num_learners == 1
@@ -246,9 +247,7 @@ def test_a_custom_loop_before_the_fit_has_one_learner_for_good(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pays_until(2, monkeypatch)
-    strategy = ModelAveragingStrategy("auto")
-    with strategy.scope():
-        model = noisy()
+    strategy, model = automatic()
 
     @tf.function
     def step(x: tf.Tensor, y: tf.Tensor) -> None:

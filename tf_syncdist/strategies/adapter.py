@@ -388,6 +388,11 @@ def is_compiled() -> bool:
     return not tf.executing_eagerly() and _in_xla(tf.compat.v1.get_default_graph())
 
 
+def is_validation(arguments: dict[str, Any]) -> bool:
+    """Returns whether `evaluate` is called by `fit`; only this says so (Keras 3.10 to 3.15)."""
+    return bool(arguments.get("kwargs", {}).get("_use_cached_eval_dataset"))
+
+
 def global_seed_is_set() -> bool:
     """Returns whether the user has called tf.random.set_seed."""
     return _global_seed() is not None

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tf_syncdist.cluster.interrupts import exit_status
 from tf_syncdist.errors import SyncDistError
-from tf_syncdist.strategies import inputs, keras_calls
+from tf_syncdist.strategies import adapter, inputs, keras_calls
 from tf_syncdist.strategies.controller import RunController
 from tf_syncdist.strategies.epochs import EpochExchange
 from tf_syncdist.strategies.lifetime import Membership
@@ -57,9 +57,9 @@ class KerasSide:
                 self._prepare_training(call, arguments, stack)
             else:
                 self._controller.settle()
-                if arguments.get("kwargs", {}).get("_use_cached_eval_dataset"):
-                    # The validation of a fit, which all workers come to. Most training functions
-                    # have metrics, and reading these has exchanged all that there is already.
+                if adapter.is_validation(arguments):
+                    # All workers come to it. Most training functions have metrics, and reading
+                    # these has exchanged all that there is already.
                     self._epochs.synchronize()
                 self._epochs.forget_sums()
             try:

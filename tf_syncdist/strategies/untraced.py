@@ -23,6 +23,7 @@ def untraced(fn: Callable[[], Any]) -> Any:
 
     thread = threading.Thread(target=call, name="tf_syncdist_untraced", daemon=True)
     thread.start()
+    # As if it were called here: it takes as long as it takes.
     thread.join()
     if failed:
         raise failed[0]

@@ -279,7 +279,6 @@ class Gossip:
         found = []
         is_over = begins = False
         is_lowest = min(live, default=-1) == self._worker
-        is_left = is_first and not live.keys() - {self._worker}
         for worker in [*sorted(live), *sorted(done if is_first else ())]:
             if worker == self._worker or (worker > self._worker and of_lower):
                 continue
@@ -306,7 +305,8 @@ class Gossip:
             model = self._partners.pull(worker, alike)
             if model is not None:
                 return _Found(alike, model, is_over, begins, False, is_lowest)
-        return _Found(models, None, is_over, begins, is_left and 0 in done, is_lowest)
+        is_late = is_first and 0 in done and not live.keys() - {self._worker}
+        return _Found(models, None, is_over, begins, is_late, is_lowest)
 
     def _pull(self, partner: int, step: int, values: list[np.ndarray]) -> list[np.ndarray]:
         model = self._partners.pull(partner, self._models)
