@@ -138,13 +138,22 @@ def test_fit_goes_on_in_the_epoch_of_the_others(tmp_path: Path, who: str) -> Non
     # Without `ps` tasks worker 0 brings a new service, which learns of the job from worker 1.
     ps, killed = (1, 1) if who == "who comes again" else (0, 0)
     stays, comes_again = f"worker {1 - killed}", f"worker {killed}"
+    # In the third epoch of both.
+    killed_at = 20
     with FaultyJob(
         "mixing_fit.py",
         tmp_path,
         workers=2,
         ps=ps,
-        plan=Faults().kill(worker=killed, at_round=20).restart(),
-        arguments={"batches": 16, "epochs": epochs, "step_seconds": 0.03},
+        plan=Faults().kill(worker=killed, at_round=killed_at).restart(),
+        arguments={
+            "batches": 16,
+            "epochs": epochs,
+            "step_seconds": 0.03,
+            "killed": f"worker-{killed}.life-0",
+            "stays": f"worker-{1 - killed}.life-0",
+            "killed_at": killed_at,
+        },
         proxied=False,
     ) as job:
         job.run()

@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 import keras
@@ -12,19 +13,31 @@ import tf_syncdist
 
 ARGUMENTS = member.ARGUMENTS
 BATCH_SIZE = 12
+LIFE = os.environ["TF_SYNCDIST_TEST_LIFE"]
+
+
+def wait_for(life: str, runs: int) -> None:
+    """Waits until another worker has done so many runs."""
+    trace = Path(LIFE).parent / f"{life}.trace"
+    deadline = time.monotonic() + 60
+    while not trace.exists() or trace.read_text().count("\n") < runs:
+        assert time.monotonic() < deadline, f"{life} has not done {runs} runs"
+        time.sleep(0.01)
 
 
 class Note(keras.callbacks.Callback):
-    """Notes every run."""
+    """Notes every run; the worker that will be killed waits for another before that."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._file = open(f"{os.environ['TF_SYNCDIST_TEST_LIFE']}.trace", "a", buffering=1)
+        self._file = open(f"{LIFE}.trace", "a", buffering=1)
         self._runs = 0
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         """Is called by Keras."""
         self._runs += 1
+        if self._runs == ARGUMENTS["killed_at"] and Path(LIFE).name == ARGUMENTS["killed"]:
+            wait_for(ARGUMENTS["stays"], ARGUMENTS["killed_at"])
         self._file.write(f"{self._runs} {logs['loss']}\n")
         time.sleep(ARGUMENTS["step_seconds"])
 
