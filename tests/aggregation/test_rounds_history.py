@@ -171,19 +171,47 @@ def test_who_has_not_arrived_has_no_delay() -> None:
     assert Rounds(2, FullSync()).counts[0].mean_delay_seconds == 0.0
 
 
-def test_no_round_waits_for_a_worker_that_waits_for_a_state_until_it_is_heard_of_again() -> None:
+def test_no_round_waits_for_a_worker_that_waits_for_a_state() -> None:
+    """Until it has one, and is heard of in a round."""
     rounds = Rounds(3, BackupWorkers(0))
     do_run(rounds, 0, [0, 1, 2])
     for worker in (0, 1):
         send(rounds, worker, run=1)
     (closed,) = rounds.suspend(2, 0.0)
     assert closed.contributors == (0, 1)
+    # It had sent this before it asked; the request was on a faster way.
+    send(rounds, 2, run=1)
     for worker in (0, 1):
         rounds.finish(worker, 1, 1, Fate.CONTRIBUTED)
-    rounds.finish(2, 1, 1, Fate.MISSED)
+    assert not send(rounds, 0, run=2).closed
+    assert send(rounds, 1, run=2).closed
     for worker in (0, 1):
-        assert not send(rounds, worker, run=2).closed
-    assert send(rounds, 2, run=2).closed
+        rounds.finish(worker, 2, 1, Fate.CONTRIBUTED)
+    rounds.resume(2, 3, missed=1)
+    send(rounds, 0, run=3)
+    # It still catches up.
+    assert send(rounds, 1, run=3).closed
+    send(rounds, 2, run=3)
+    for worker in (0, 1, 2):
+        rounds.finish(worker, 3, 1, Fate.CONTRIBUTED)
+    for worker in (0, 1):
+        assert not send(rounds, worker, run=4).closed
+    assert send(rounds, 2, run=4).closed
+
+
+def test_who_comes_back_without_asking_again_has_a_state() -> None:
+    """It may have got it when the connection broke."""
+    rounds = Rounds(2, BackupWorkers(0))
+    do_run(rounds, 0, [0, 1])
+    rounds.suspend(1, 0.0)
+    rounds.leave(1, 0.0, for_good=False)
+    rounds.enter(1, 1)
+    assert send(rounds, 0, run=1).closed
+    assert not send(rounds, 1, run=1).closed
+    for worker in (0, 1):
+        rounds.finish(worker, 1, 1, Fate.CONTRIBUTED)
+    assert not send(rounds, 0, run=2).closed
+    assert send(rounds, 1, run=2).closed
 
 
 def test_a_job_ends_after_the_round_that_somebody_may_have_begun() -> None:

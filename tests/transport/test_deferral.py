@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from tf_syncdist.aggregation import attendance, recovery
 from tf_syncdist.propagation.policies import PriorityPropagation, cutter
 from tf_syncdist.propagation.slices import Plan, TensorSpec
 from tf_syncdist.strategies.controller import Mode, RunController
@@ -185,9 +186,17 @@ def undeferred(serve: Serve, num_workers: int, runs: int) -> bytes:
 @pytest.mark.parametrize("num_workers, shards, transport", [(2, 2, "grpc"), (3, 1, "auto")])
 @pytest.mark.parametrize("restarts", [False, True])
 def test_updates_that_wait_are_those_that_do_not(
-    serve: Serve, num_workers: int, shards: int, transport: str, restarts: bool
+    serve: Serve,
+    monkeypatch: pytest.MonkeyPatch,
+    num_workers: int,
+    shards: int,
+    transport: str,
+    restarts: bool,
 ) -> None:
     """Whenever somebody looks, and though the service is started again and again."""
+    for module in (attendance, recovery):
+        # A worker that has no turn for seconds would be left out of a round.
+        monkeypatch.setattr(module, "GRACE_SECONDS", 15.0)
     runs = 60
     expected = undeferred(serve, num_workers, runs)
     service = serve(num_workers, shards=shards, transport=transport, deterministic=True, **CREDIT)

@@ -141,6 +141,63 @@ def test_workers_learn_that_worker_0_is_lost_before_it_gave_its_variables(
         assert not isinstance(error.value, WaitTimeoutError)
 
 
+def test_who_has_not_begun_when_the_service_is_lost_takes_over_the_state_of_worker_0(
+    serve: Serve,
+) -> None:
+    service = serve(3)
+    first, *others = service.sessions()
+    service.together(*(functools.partial(s.agree, 0, MODEL) for s in (first, *others)))
+    # Worker 0 is past the start, and what it gave the others was lost with the service.
+    first.hold(MODEL)
+    service.restart(0)
+
+    def begin(session: Session) -> tuple[int, bytes]:
+        assert session.receive_state(MODEL) is None
+        session.hold(MODEL)
+        session.request_state(0, level_will_do=True)
+        received = session.receive_state(MODEL)
+        session.resume(received.run, 0)
+        assert do_run(session, 0)
+        return received.run, b"".join(v.tobytes() for v in received.values)
+
+    def give() -> tuple[int, bytes]:
+        values = [np.full(shape, 3, "f4") for _, _, shape in MODEL]
+        for _ in others:
+            (request, *more) = service.until(first.take_state_requests)
+            for number in (request, *more):
+                first.give_state(number, 0, values, MODEL)
+            if more:
+                break
+        assert do_run(first, 0)
+        return 0, b"".join(v.tobytes() for v in values)
+
+    found = service.together(give, *(functools.partial(begin, s) for s in others))
+    assert len(set(found)) == 1
+
+
+def test_nobody_waits_for_a_worker_that_has_sent_values_before_it_asked_for_a_state(
+    serve: Serve,
+) -> None:
+    """Its values may come after its request: slices wait for their turn."""
+    service = serve(2)
+    giver, receiver = service.sessions()
+    service.together(functools.partial(do_run, giver, 0), functools.partial(do_run, receiver, 0))
+    receiver.request_state(1, giver=0)
+    (request,) = service.until(giver.take_state_requests)
+    receiver.send(1, 0, WAY, [np.ones(2, "f4")])
+    values = state()
+    # A state is given between two runs, and before that both take place without the receiver.
+    for run in (1, 2):
+        assert do_run(giver, run)
+    giver.give_state(request, 3, values)
+    assert receiver.receive_state(specs_of(values)).run == 3
+    receiver.resume(3, 2)
+    assert service.together(
+        functools.partial(do_run, giver, 3), functools.partial(do_run, receiver, 3)
+    ) == [True, True]
+    assert giver.report().workers[1].missed == 2
+
+
 def test_a_worker_too_far_behind_gets_the_state_of_one_that_is_not(serve: Serve) -> None:
     service, (giver, receiver) = behind(serve)
     assert receiver.receive(4, 0, WAY, [np.empty(2, "f4")]) is None

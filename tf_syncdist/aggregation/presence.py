@@ -42,8 +42,11 @@ class Presence:
         return self.awaited | (self._asking & self.present - self._silent)
 
     def holds_state(self, worker: int) -> bool:
-        """Returns whether a worker's variables are those of the run that it is in."""
-        return worker not in self._stateless
+        """Returns whether a worker's variables are those of the run that it is in.
+
+        Those of one that waits for another's are not, and it gives nothing while it waits.
+        """
+        return worker not in self._stateless and worker not in self._asking
 
     def enter(self, worker: int, is_new: bool) -> None:
         """Takes note that a worker is there again, perhaps as a process without any state."""
@@ -52,6 +55,8 @@ class Presence:
             self._stateless.add(worker)
         self.present.add(worker)
         self.away.discard(worker)
+        # It asks again for what it still waits for.
+        self._asking.discard(worker)
         self._change()
 
     def leave(self, worker: int, for_good: bool) -> None:
@@ -74,8 +79,14 @@ class Presence:
         self._change()
 
     def take_part(self, worker: int) -> None:
-        """Takes note that a worker was heard of in a round."""
-        if worker in self._suspended or worker in self._stateless or worker in self._asking:
+        """Takes note that a worker was heard of in a round.
+
+        Of one that waits for a state this says nothing: it had sent that before it asked. Whoever
+        waited for it could not give the state that it waits for.
+        """
+        if worker in self._asking:
+            return
+        if worker in self._suspended or worker in self._stateless:
             self._suspended.discard(worker)
             self.resume(worker)
 

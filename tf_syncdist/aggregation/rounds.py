@@ -268,7 +268,10 @@ class Rounds(KnownRounds):
         return tuple(c for c in closed if c)
 
     def suspend(self, worker: int, now: float) -> tuple[Closed, ...]:
-        """Stops waiting for a worker until it is heard of again: it waits for another's state."""
+        """Stops waiting for a worker that waits for another's state.
+
+        It is waited for again when it has resumed, and is heard of in a round after that.
+        """
         self._presence.suspend(worker)
         return self.tick(now)
 

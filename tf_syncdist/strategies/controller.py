@@ -16,7 +16,7 @@ from tf_syncdist.strategies.recorded import recorded
 from tf_syncdist.strategies.run_exchanges import RunExchanges
 from tf_syncdist.strategies.run_timeline import RunTimeline
 from tf_syncdist.strategies.run_types import LocalReport, Mode, RunSite, StateStore
-from tf_syncdist.transport.session import Session, State
+from tf_syncdist.transport.session import Session
 
 
 class RunController:
@@ -429,20 +429,24 @@ class RunController:
         if not specs:
             return
         self._session.wait_started()
-        if self._session.agree(self.run, specs):
-            self._commit(specs)
-            self._session.request_state(self.run, level_will_do=True)
-            self._receive_state()
-            self._on_notice(
-                f"worker {self._session.config.worker} has taken over the state of round "
-                f"{self._resume_at} and goes on from there"
-            )
-            return
-        if self._session.config.worker == 0:
-            self._session.give_state(0, self.run, self._store.read_new())
-        else:
-            self._store.assign_new(self._session.receive_state(specs).values)
+        if not self._session.agree(self.run, specs):
+            if self._session.config.worker == 0:
+                self._session.give_state(0, self.run, self._store.read_new())
+                self._commit(specs)
+                return
+            state = self._session.receive_state(specs)
+            if state is not None:
+                self._store.assign_new(state.values)
+                self._commit(specs)
+                return
+        # The others train them already.
         self._commit(specs)
+        self._session.request_state(self.run, level_will_do=True)
+        self._receive_state()
+        self._on_notice(
+            f"worker {self._session.config.worker} has taken over the state of round "
+            f"{self._resume_at} and goes on from there"
+        )
 
     def _commit(self, specs: Sequence[tuple[str, str, tuple[int, ...]]]) -> None:
         self._store.commit()
@@ -462,7 +466,7 @@ class RunController:
 
     def _receive_state(self) -> None:
         """Takes over the state that was asked for; runs before it are skipped."""
-        state: State = self._session.receive_state(self._store.specs())
+        state = self._session.receive_state(self._store.specs())
         self._deferral.drop()
         self._store.assign(state.values)
         self._resume_at = state.run

@@ -176,27 +176,33 @@ class StateTransfer(Link):
                 piece = data[offset : offset + _CHUNK_BYTES]
                 self._send_state(pb.ToAggregator(state_chunk=chunk), piece)
 
-    def receive_state(self, specs: Sequence[Spec]) -> State:
+    def receive_state(self, specs: Sequence[Spec]) -> State | None:
         """Waits for variables that were asked for, or that worker 0 gives at the start.
 
         Args:
             specs: Name, dtype and shape of the variables that are wanted.
+
+        Returns:
+            The variables; `None` if the service was started again meanwhile and worker 0 is past
+            the start, so that they have to be asked for.
         """
         with self._changed:
 
+            def is_past() -> bool:
+                return self._manifest is not None and any(v.known for v in self._verdicts.values())
+
             def there() -> bool:
-                if any(v.known for v in self._verdicts.values()):
-                    # The service was started again, and worker 0 is past the start.
-                    self._verdicts.clear()
-                    self._manifest = None
-                    self._ask(pb.StateRequest(level_will_do=True))
-                failed = any(v.error for v in self._verdicts.values())
-                return failed or any(i.is_complete for i in self._incoming.values())
+                said = is_past() or any(v.error for v in self._verdicts.values())
+                return said or any(i.is_complete for i in self._incoming.values())
 
             self._wait(there, "the variables of an up-to-date worker")
             for verdict in self._verdicts.values():
                 if verdict.error:
                     raise ServiceError(verdict.error)
+            if is_past():
+                self._verdicts.clear()
+                self._manifest = None
+                return None
             number, incoming = next((n, i) for n, i in self._incoming.items() if i.is_complete)
             self._incoming.clear()
             self._request = self._manifest = None
