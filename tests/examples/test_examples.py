@@ -55,7 +55,8 @@ def test_a_slow_worker_costs_the_others_little(tmp_path: Path, what: str) -> Non
     assert first["metrics"]["test_accuracy"] > 0.93
     assert slow["late"] + slow["replayed"] > 0
     for fast in (first, second):
-        assert fast["wall_seconds"] < fast["rounds"] * 0.3 / 4
+        # Rounds that wait for the slow one take at least 0.3 s.
+        assert fast["wall_seconds"] < fast["rounds"] * 0.3 / 2
 
 
 def test_a_custom_loop_trains_on_two_workers(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ CASES = {
     "generator_once": STEPS,
     "generator_steps": 2 * STEPS,
     "dataset_steps": 15,
+    "dataset_distributed": 2 * STEPS,
     "several_fits": 4 * STEPS,
     "sparse": 2 * STEPS,
     "ragged": 2 * STEPS,

@@ -32,6 +32,8 @@ MISTAKES = {
     "tensor_array": ("TypeError", r"dtype variant.*Do not return TensorArrays"),
     "variant": ("TypeError", r"dtype variant.*Do not return TensorArrays"),
     "batch_size": ("ValueError", r"divisible by N.*batch_size=9 with N=2.*Use 8 or 10"),
+    "shares_evaluated": ("ValueError", r"`x` of `evaluate`.*each worker has a share"),
+    "shares_as_validation": ("ValueError", r"`validation_data` of `fit`.*each worker has a share"),
     "batch_of_dataset": ("ValueError", r"divisible by N.*batch_size=9 with N=2.*Use 8 or 10"),
 }
 

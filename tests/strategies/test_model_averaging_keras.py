@@ -405,6 +405,23 @@ def test_datasets_from_a_function_are_read_a_batch_for_each_learner() -> None:
     follows(model, before, dealt(PARTS, 1, 2, 5))
 
 
+def test_fit_takes_datasets_that_are_distributed_already() -> None:
+    found = []
+    for is_distributed in (False, True):
+        keras.utils.set_random_seed(4)
+        strategy, model = made(2)
+        data: Any = dataset(8 * BATCH)
+        if is_distributed:
+            data = strategy.experimental_distribute_dataset(data)
+            assert int(data.cardinality()) == 4
+        history = model.fit(data, epochs=2, verbose=0).history
+        found.append((model.get_weights(), history))
+    (weights, history), (as_well, again) = found
+    assert history == again
+    for one, other in zip(weights, as_well, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_a_run_that_trains_nothing_is_no_run() -> None:
     strategy, model = made(2)
     before = strategy.local_report().rounds

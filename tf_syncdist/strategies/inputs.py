@@ -135,8 +135,16 @@ def divide_arrays(
 
 _Policy = tf.data.experimental.AutoShardPolicy
 
+# Keras knows a distributed dataset by the name of its class, which is that of TensorFlow's own one,
+# and refuses others in `fit` (keras.src.trainers.data_adapters.is_tf_dataset, 3.10 to 3.15).
+_KnownToKeras = type(
+    "DistributedDataset",
+    (tf.distribute.DistributedDataset,),
+    {"__module__": "tensorflow.python.distribute.input_lib"},
+)
 
-class WorkerDataset(tf.distribute.DistributedDataset):
+
+class WorkerDataset(_KnownToKeras):
     """What one worker reads, as a distributed dataset.
 
     It is read by tf.data's own iterator. MultiDeviceIterator, which TensorFlow uses, crashes now
@@ -211,6 +219,8 @@ class WorkerDataset(tf.distribute.DistributedDataset):
 
     def cardinality(self) -> tf.Tensor:
         """Returns how many batches there are."""
+        if self.batches_per_epoch is not None:
+            return tf.constant(self.batches_per_epoch, tf.int64)
         found = self._dataset.cardinality()
         each = self._parts if self._size is None else 1
         return found if each == 1 else tf.where(found > 0, found // each, found)

@@ -16,7 +16,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from tf_syncdist.strategies import adapter
+from tf_syncdist.strategies import adapter, inputs
 from tf_syncdist.strategies.stopping import Stopping
 
 _METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
@@ -158,6 +158,13 @@ def calling(
         quiet: Whether this worker prints no progress bar.
     """
     progress = method in _WITH_PROGRESS_BAR
+    name = "validation_data" if method == "fit" else "x"
+    if isinstance(arguments.get(name), inputs.WorkerDataset):
+        raise ValueError(
+            f"Expected a dataset that is not distributed as `{name}` of `{method}`, because every "
+            "worker evaluates and predicts all of it. Received: one that the strategy has "
+            "distributed, of which each worker has a share. Pass the dataset that it was made of."
+        )
     if quiet and progress and arguments.get("verbose", "auto") == "auto":
         arguments["verbose"] = 0
     arrays = progress and _is_arrays(arguments.get("x"))

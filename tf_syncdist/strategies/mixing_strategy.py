@@ -285,7 +285,7 @@ class MixingStrategy(KerasSide, JobSide, tf.distribute.Strategy):
             if mine.runs is not None:
                 found = found.take(mine.runs * (parts if mine.size is None else 1))
             return inputs.WorkerDataset(
-                found, None, False, self._begin_input, parts=parts, size=mine.size
+                found, None, False, self._begin_input, mine.runs, parts=parts, size=mine.size
             )
         builds = adapter.builds_from_input(call.model)
         return inputs.WorkerDataset(

@@ -254,6 +254,13 @@ def dataset_steps() -> tuple[keras.Model, dict]:
     return model, fit(model, data, steps_per_epoch=5, epochs=3)
 
 
+def dataset_distributed() -> tuple[keras.Model, dict]:
+    """The user has distributed it, as for a custom loop."""
+    model = classifier(metrics=["accuracy"])
+    data = batched(x, labels)
+    return model, fit(model, data if plain else strategy.experimental_distribute_dataset(data))
+
+
 def several_fits() -> tuple[keras.Model, dict]:
     """Evaluates and predicts between fits, and goes on where it was."""
     model = classifier(metrics=["accuracy"])
@@ -339,6 +346,7 @@ CASES: list[Callable[[], tuple[keras.Model, dict]]] = [
     generator_once,
     generator_steps,
     dataset_steps,
+    dataset_distributed,
     several_fits,
     sparse,
     ragged,

@@ -109,6 +109,9 @@ def main() -> None:
     record("batch_size", lambda: compiled().fit(x, y, batch_size=9, verbose=0))
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(9)
     record("batch_of_dataset", lambda: compiled().fit(batches, verbose=0))
+    shares = strategy.experimental_distribute_dataset(batches.rebatch(8))
+    record("shares_evaluated", lambda: compiled().evaluate(shares, verbose=0))
+    record("shares_as_validation", lambda: fit(compiled(), validation_data=shares))
     record(
         "batch_of_validation",
         lambda: fit(compiled(), validation_data=(x[:9], y[:9]), validation_batch_size=9),
