@@ -335,6 +335,34 @@ def test_every_training_has_a_centre_that_its_first_worker_gives(serve: Serve) -
     assert sum(s.job.report().centre_bytes for s in service.servers) == 24
 
 
+def test_a_centre_is_one_workers_on_all_shards(serve: Serve) -> None:
+    """Though they come to it at the same moment, and those that begin do not know which it is."""
+    service = serve(4, shards=3, centre=serialize(AsyncCentre()), detection_seconds=0.5)
+    sessions, way = service.sessions(), cut(3)
+    opened(service, sessions, way)
+    for fit in range(1, 16):
+        # Worker 3 begins again and again, and does not know of the others' trainings.
+        sessions[3].close()
+        service.until(lambda: all(3 not in s.job._streams for s in service.servers))
+        sessions[3] = service.session(3)
+
+        def begin(session: Session, fit: int = fit) -> tuple[tuple[int, int], list[np.ndarray]]:
+            worker = session.config.worker
+            key, joins = ((0, 0), True) if worker == 3 else ((fit, 0), False)
+            values, key = session.open_centre(SPECS, way, model(10 * fit + worker), key, joins)
+            return key, [v.copy() for v in values]
+
+        found = service.together(*(functools.partial(begin, s) for s in sessions))
+        newest = [values for key, values in found if key == (fit, 0)]
+        older = [values for key, values in found if key != (fit, 0)]
+        assert len(newest) >= 3 and [key for key, _ in found[3:]] <= [(fit, 0)]
+        for values in newest:
+            assert same(values, newest[0])
+            assert any(same(values, model(10 * fit + worker)) for worker in range(4))
+        for values in older:
+            assert any(same(values, model(10 * fit - 10 + worker)) for worker in range(4))
+
+
 def test_who_has_missed_what_a_program_wrote_is_given_the_newest(serve: Serve) -> None:
     service = serve(2, centre=serialize(AsyncCentre()), detection_seconds=0.5)
     sessions = service.sessions()

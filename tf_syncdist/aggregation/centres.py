@@ -100,9 +100,13 @@ class Centres:
         """
         self.reopen(worker)
         key = (message.fit, message.revision)
-        if message.joins and key not in self._centres:
-            alike = [k for k, centre in self._centres.items() if centre.is_of(message)]
-            key = max((*alike, *(held.key for held in self._held.values())), default=key)
+        if message.joins:
+            # Where its former process was does not count, nor do others that are away.
+            self._at.pop(worker, None)
+            expected = self._expected()
+            if key not in {at for other, at in self._at.items() if other in expected}:
+                alike = [k for k, centre in self._centres.items() if centre.is_of(message)]
+                key = max((*alike, *(held.key for held in self._held.values())), default=key)
         centre = self._centres.get(key)
         if centre is None:
             centre = self._centres[key] = Centre(

@@ -3,6 +3,10 @@
 Nobody waits for another worker here, but where there is no centre yet. A slice travels as a request
 and its answer; so many bytes are on their way at a time that the service keeps little besides the
 centre itself.
+
+The first shard decides which centre it is and who gives it. So a worker asks the other shards only
+when the first one has answered, and who is asked to give it gives to the first one last: the others
+learn there that the centre is there, and it is one worker's on all shards.
 """
 
 import collections
@@ -88,6 +92,9 @@ class CentreExchanging(Link):
         # Of what this worker trains with. It may look at the centre without going on from it.
         self._own_versions: list[list[int]] = [[] for _ in range(shards)]
         self._centre_there = [False] * shards
+        # Which shards know that this worker wants it, and whether the first one asks for it.
+        self._centre_opened = [False] * shards
+        self._centre_wanted = False
         self._centre_error = ""
         self._conversation: _Conversation | None = None
         self._answers: list[tuple[int, pb.CentreValue, memoryview]] = []
@@ -129,8 +136,9 @@ class CentreExchanging(Link):
             self._centre_versions = [[None] * n for n in plan.num_slices]
             self._own_versions = [[0] * n for n in plan.num_slices]
             self._centre_there = [False] * len(self._connections)
-            for shard in range(len(self._connections)):
-                self._send_open(shard)
+            self._centre_opened = [False] * len(self._connections)
+            self._centre_wanted = False
+            self._send_open(0)
 
             def there() -> bool:
                 return bool(self._centre_error) or all(self._centre_there)
@@ -138,7 +146,7 @@ class CentreExchanging(Link):
             self._wait(there, "a worker that has the centre, worker 0 at the start")
             if self._centre_error:
                 raise ModelMismatchError(self._centre_error)
-            key, self._centre_joins = self._centre_key, False
+            key = self._centre_key
         return self.read_centre(goes_on_from_it=True), key
 
     def read_centre(self, goes_on_from_it: bool = False) -> list[np.ndarray]:
@@ -261,6 +269,7 @@ class CentreExchanging(Link):
         )
 
     def _send_open(self, shard: int) -> None:
+        self._centre_opened[shard] = True
         plan = self._centre_plan
         opened = pb.CentreOpen(
             variables=self._centre_variables,
@@ -282,26 +291,43 @@ class CentreExchanging(Link):
     def _resend(self, shard: int, welcome: pb.Welcome, is_new: bool) -> None:
         super()._resend(shard, welcome, is_new)
         self._centre_there[shard] = False
-        if self._centre_plan is not None:
+        if not shard:
+            self._centre_wanted = False
+        if self._centre_opened[shard]:
             self._send_open(shard)
 
     def _on_centre_state(self, shard: int, message: pb.CentreState, *_: object) -> None:
         if message.error:
             self._centre_error = message.error
+            return
+        key = (message.fit, message.revision)
+        if key != self._centre_key and (shard or not self._centre_joins):
+            return  # Said before this worker went on to another one.
+        if not shard:
+            self._centre_key, self._centre_joins = key, False
+            self._centre_wanted = message.give
+            for other, is_open in enumerate(self._centre_opened):
+                if not is_open:
+                    self._send_open(other)
         elif message.give:
-            for part in self._centre_plan.slices:
-                if part.shard == shard:
-                    version = self._centre_versions[shard][part.index] or 0
-                    header = self._centre_header(pb.CENTRE_GIVE, part, 0, version)
-                    give = functools.partial(_message, header, part, self._centre)
-                    self._connections[shard].send(give)
-        elif message.there:
+            self._give_centre(shard)
+        if message.there:
             self._centre_there[shard] = True
-            self._centre_key = (message.fit, message.revision)
             if self._conversation is not None:
                 for (owner, _), (_, again) in self._conversation.asked.items():
                     if owner == shard:
                         self._post(shard, again)
+        if self._centre_wanted and all(self._centre_there[1:]):
+            self._centre_wanted = False
+            self._give_centre(0)
+
+    def _give_centre(self, shard: int) -> None:
+        for part in self._centre_plan.slices:
+            if part.shard == shard:
+                version = self._centre_versions[shard][part.index] or 0
+                header = self._centre_header(pb.CENTRE_GIVE, part, 0, version)
+                give = functools.partial(_message, header, part, self._centre)
+                self._connections[shard].send(give)
 
     def _on_centre_value(self, shard: int, message: pb.CentreValue, payload: memoryview) -> None:
         if self._conversation is not None:
