@@ -64,7 +64,8 @@ def test_all_go_on_when_the_worker_with_the_service_was_killed(tmp_path: Path) -
     found = re.findall(r"\[worker (\d)\] RESULT (.*)", job.stdout)
     assert sorted(worker for worker, _ in found) == ["0", "1"], job.stdout
     ends = {worker: end.rpartition("]") for worker, end in found}
-    # Worker 1 has gone on, and worker 0 comes back to its epoch, with its state.
-    assert ends["0"][0] == "[3, 4" and ends["1"][0] == "[0, 1, 2, 3, 4"
+    # Worker 1 has gone on, as far as it could until the service had ended with worker 0, and worker
+    # 0 comes back to its epoch, with its state.
+    assert ends["0"][0] in ("[3, 4", "[4") and ends["1"][0] == "[0, 1, 2, 3, 4"
     assert ends["0"][2] == ends["1"][2] and ends["0"][2].startswith(" 40 ")
     assert not (tmp_path / "backups").exists()

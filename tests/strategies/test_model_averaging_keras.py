@@ -405,6 +405,17 @@ def test_datasets_from_a_function_are_read_a_batch_for_each_learner() -> None:
     follows(model, before, dealt(PARTS, 1, 2, 5))
 
 
+@pytest.mark.parametrize("learners", [2, 3])
+def test_equal_seeds_give_equal_bits(learners: int) -> None:
+    found = []
+    for _ in range(5):
+        keras.utils.set_random_seed(5)
+        _, model = made(learners)
+        model.fit(dataset(), epochs=3, verbose=0)
+        found.append(b"".join(w.tobytes() for w in model.get_weights()))
+    assert len(set(found)) == 1
+
+
 def test_fit_takes_datasets_that_are_distributed_already() -> None:
     found = []
     for is_distributed in (False, True):

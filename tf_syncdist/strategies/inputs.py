@@ -135,12 +135,12 @@ def divide_arrays(
 
 _Policy = tf.data.experimental.AutoShardPolicy
 
-# Keras knows a distributed dataset by the name of its class, which is that of TensorFlow's own one,
-# and refuses others in `fit` (keras.src.trainers.data_adapters.is_tf_dataset, 3.10 to 3.15).
+# Keras (3.10 to 3.15) knows a distributed dataset by the name of its class and the package of its
+# module, which are those of TensorFlow's own one, and refuses others in `fit`.
 _KnownToKeras = type(
     "DistributedDataset",
     (tf.distribute.DistributedDataset,),
-    {"__module__": "tensorflow.python.distribute.input_lib"},
+    {"__module__": tf.distribute.DistributedDataset.__module__},
 )
 
 

@@ -171,7 +171,7 @@ class LearnerRuns(Runs):
     def _average_statistics(self, step: LearnerStep) -> None:
         for variable in step.statistics:
             copies = self._learners.copies(variable)
-            mean = tf.add_n([c.read_value() for c in copies]) / tf.cast(len(copies), variable.dtype)
+            mean = tf.reduce_mean(tf.stack([c.read_value() for c in copies]), axis=0)
             adapter.components(variable)[0].assign(mean, read_value=False)
 
     def _trace(self, fn: Callable, call: Callable, parts: Sequence[tuple]) -> LearnerStep:

@@ -224,19 +224,27 @@ class ModelAveragingStrategy(MixingStrategy):
         central = step.central(step.trained)
         before = [v.read_value() for v in central]
         learners = [step.learner(n, step.trained) for n in range(step.num_learners)]
-        given = [
-            [averaging.correction_of(w.read_value(), z, self.correction)
+        # What the first learner gives up, and what each of the others takes on. Of additions
+        # TensorFlow makes one operation, which adds in the order in which memory happens to be
+        # free: sums would differ in their last bit from run to run. Differences it leaves alone.
+        given, *taken = [
+            [averaging.correction_of(z, w.read_value(), self.correction) if number
+             else averaging.correction_of(w.read_value(), z, self.correction)
              for w, z in zip(learner, before, strict=True)]
-            for learner in learners
+            for number, learner in enumerate(learners)
         ]  # fmt: skip
-        sums = [tf.add_n(parts) for parts in zip(*given, strict=True)]
+        sums = given
+        for others in taken:
+            sums = [total - other for total, other in zip(sums, others, strict=True)]
         if self._member is not None and not self._runs.is_alone:
             # What has been summed over this worker's learners travels while they compute.
             sums = self._runs.all_reduce(tf.distribute.ReduceOp.SUM, sums)
         found = step.compute()
-        for learner, own in zip(learners, given, strict=True):
+        for variable, part in zip(learners[0], given, strict=True):
+            variable.assign_sub(part, read_value=False)
+        for learner, own in zip(learners[1:], taken, strict=True):
             for variable, part in zip(learner, own, strict=True):
-                variable.assign_sub(part, read_value=False)
+                variable.assign_add(part, read_value=False)
         for variable, container, model, total in zip(
             central, step.trained, before, sums, strict=True
         ):
