@@ -50,9 +50,9 @@ def _run(directory: Path, num_workers: int, script: str, *flags: str) -> list[di
 
 @pytest.mark.parametrize("what", ["slow_worker", "slow_input"])
 def test_a_slow_worker_costs_the_others_little(tmp_path: Path, what: str) -> None:
-    flags = ("--backup_workers=1", f"--{what}=2:0.3")
+    flags = ("--backup_workers=1", f"--{what}=2:0.3", "--epochs=6")
     first, second, slow = _run(tmp_path, 3, "train_mnist.py", *flags)
-    assert first["metrics"]["test_accuracy"] > 0.93
+    assert first["metrics"]["test_accuracy"] > 0.9
     assert slow["late"] + slow["replayed"] > 0
     for fast in (first, second):
         # Rounds that wait for the slow one take at least 0.3 s.

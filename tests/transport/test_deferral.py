@@ -233,9 +233,10 @@ def test_updates_that_wait_are_those_that_do_not(
 @pytest.mark.parametrize("history", [{}, {"history_rounds": 1, "history_bytes": 0}])
 @pytest.mark.parametrize("seed", range(3))
 def test_stragglers_replay_or_take_over_a_state_and_all_end_alike(
-    serve: Serve, seed: int, history: dict[str, int]
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, seed: int, history: dict[str, int]
 ) -> None:
     """Late in computing, or between runs with an update that waits, some rounds or many."""
+    monkeypatch.setattr(states, "_STATE_PAUSE_SECONDS", 1.0)
     runs = 50
     service = serve(3, b=1, **CREDIT, **history)
     workers, stop = programs(service), threading.Event()

@@ -36,8 +36,9 @@ class BadEnd(keras.callbacks.Callback):
 
 
 def main() -> None:
+    seconds = task.ARGUMENTS.get("connect_timeout_seconds", 25.0)
     strategy = tf_syncdist.SyncReplicasStrategy(
-        task.ARGUMENTS["backup_workers"], **task.PATIENCE | {"connect_timeout_seconds": 25.0}
+        task.ARGUMENTS["backup_workers"], **task.PATIENCE | {"connect_timeout_seconds": seconds}
     )
     worker = strategy.worker_index
     keras.utils.set_random_seed(worker)
