@@ -363,6 +363,60 @@ def test_a_centre_is_one_workers_on_all_shards(serve: Serve) -> None:
             assert any(same(values, model(10 * fit - 10 + worker)) for worker in range(4))
 
 
+def test_a_shard_that_is_lost_while_a_centre_is_given_asks_the_same_worker_again(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve(2, shards=2, centre=serialize(AsyncCentre()))
+    first, second = sessions = service.sessions()
+    way, asked, give = cut(2), threading.Event(), second._give_centre
+    opened(service, sessions, way)
+    # What it gives for the first time is lost with the service.
+    monkeypatch.setattr(
+        second, "_give_centre", lambda shard: give(shard) if asked.is_set() else asked.set()
+    )
+
+    def begin(session: Session) -> list[np.ndarray]:
+        if session is first:
+            assert asked.wait(10)
+            service.restart(1)
+        values = model(10 + session.config.worker)
+        found, _ = session.open_centre(SPECS, way, values, (1, 0), joins=False)
+        return [v.copy() for v in found]
+
+    for found in service.together(*(functools.partial(begin, s) for s in sessions)):
+        assert same(found, model(11))
+
+
+def test_who_finds_a_centre_on_the_first_shard_only_begins_with_the_next_one(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve(3, shards=2, centre=serialize(AsyncCentre()))
+    *others, late = service.sessions()
+    way, told, gone_on, send_open = cut(2), threading.Event(), threading.Event(), late._send_open
+
+    def send_late(shard: int) -> None:
+        if shard and not told.is_set():
+            told.set()
+            assert gone_on.wait(10)
+        send_open(shard)
+
+    monkeypatch.setattr(late, "_send_open", send_late)
+    opened(service, others, way)
+
+    def begin() -> tuple[list[np.ndarray], tuple[int, int]]:
+        found, key = late.open_centre(SPECS, way, model(2), (0, 0))
+        return [v.copy() for v in found], key
+
+    def go_on() -> None:
+        assert told.wait(10)
+        for session in others:
+            session.open_centre(SPECS, way, model(5), (1, 0), joins=False)
+        gone_on.set()
+
+    (found, key), _ = service.together(begin, go_on)
+    assert key == (1, 0) and same(found, model(5))
+
+
 def test_who_has_missed_what_a_program_wrote_is_given_the_newest(serve: Serve) -> None:
     service = serve(2, centre=serialize(AsyncCentre()), detection_seconds=0.5)
     sessions = service.sessions()

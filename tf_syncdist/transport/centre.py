@@ -6,7 +6,8 @@ centre itself.
 
 The first shard decides which centre it is and who gives it. So a worker asks the other shards only
 when the first one has answered, and who is asked to give it gives to the first one last: the others
-learn there that the centre is there, and it is one worker's on all shards.
+learn there that the centre is there, and it is one worker's on all shards. Only if that worker
+fails when it has given to some shards, another one gives to the rest.
 """
 
 import collections
@@ -92,9 +93,10 @@ class CentreExchanging(Link):
         # Of what this worker trains with. It may look at the centre without going on from it.
         self._own_versions: list[list[int]] = [[] for _ in range(shards)]
         self._centre_there = [False] * shards
-        # Which shards know that this worker wants it, and whether the first one asks for it.
+        # Which shards know that this worker wants it, whether the first one asks for it, and
+        # whether it was looked for once more.
         self._centre_opened = [False] * shards
-        self._centre_wanted = False
+        self._centre_wanted = self._centre_sought = False
         self._centre_error = ""
         self._conversation: _Conversation | None = None
         self._answers: list[tuple[int, pb.CentreValue, memoryview]] = []
@@ -137,7 +139,7 @@ class CentreExchanging(Link):
             self._own_versions = [[0] * n for n in plan.num_slices]
             self._centre_there = [False] * len(self._connections)
             self._centre_opened = [False] * len(self._connections)
-            self._centre_wanted = False
+            self._centre_wanted = self._centre_sought = False
             self._send_open(0)
 
             def there() -> bool:
@@ -269,7 +271,7 @@ class CentreExchanging(Link):
         )
 
     def _send_open(self, shard: int) -> None:
-        self._centre_opened[shard] = True
+        self._centre_opened[shard], self._centre_there[shard] = True, False
         plan = self._centre_plan
         opened = pb.CentreOpen(
             variables=self._centre_variables,
@@ -306,9 +308,14 @@ class CentreExchanging(Link):
         if not shard:
             self._centre_key, self._centre_joins = key, False
             self._centre_wanted = message.give
+            if message.give:
+                # A shard that is started again now has to ask this worker, and nobody else.
+                self._centre_versions = [[v or 0 for v in vs] for vs in self._centre_versions]
             for other, is_open in enumerate(self._centre_opened):
                 if not is_open:
                     self._send_open(other)
+        elif message.give and self._centre_there[0] and None in self._centre_versions[shard]:
+            self._seek_centre(shard)
         elif message.give:
             self._give_centre(shard)
         if message.there:
@@ -321,13 +328,25 @@ class CentreExchanging(Link):
             self._centre_wanted = False
             self._give_centre(0)
 
+    def _seek_centre(self, shard: int) -> None:
+        """Asks the first shard again: the others have left the centre that it has told of.
+
+        If it tells of the same one, that is lost on this shard, and this worker's values will do.
+        """
+        if self._centre_sought:
+            self._give_centre(shard)
+            return
+        self._centre_sought = self._centre_joins = True
+        self._centre_opened = [False] * len(self._centre_opened)
+        self._send_open(0)
+
     def _give_centre(self, shard: int) -> None:
         for part in self._centre_plan.slices:
             if part.shard == shard:
                 version = self._centre_versions[shard][part.index] or 0
                 header = self._centre_header(pb.CENTRE_GIVE, part, 0, version)
                 give = functools.partial(_message, header, part, self._centre)
-                self._connections[shard].send(give)
+                self._post(shard, give)
 
     def _on_centre_value(self, shard: int, message: pb.CentreValue, payload: memoryview) -> None:
         if self._conversation is not None:

@@ -76,6 +76,8 @@ class Session(Ending, Gathering, PlanRelay, StateTransfer, CentreExchanging):
 
     def _resend(self, shard: int, welcome: pb.Welcome, is_new: bool) -> None:
         super()._resend(shard, welcome, is_new)
+        # What this worker has done moves it on, and a request is about where it is.
+        self._ask_again(shard)
         if self._said_goodbye is not None:
             # The stream was being opened anew when it was said.
             self._send(shard, self._said_goodbye)

@@ -13,6 +13,7 @@ from tf_syncdist.transport.link import Link
 from tf_syncdist.transport.session_config import SessionConfig
 
 _CHUNK_BYTES = 2**20
+_UNKNOWN = pb.ManifestVerdict()
 
 # Name, dtype and shape of a variable.
 Spec = tuple[str, str, tuple[int, ...]]
@@ -189,7 +190,8 @@ class StateTransfer(Link):
         with self._changed:
 
             def is_past() -> bool:
-                return self._manifest is not None and any(v.known for v in self._verdicts.values())
+                start = self._manifest
+                return start is not None and self._verdicts.get(start.run, _UNKNOWN).known
 
             def there() -> bool:
                 said = is_past() or any(v.error for v in self._verdicts.values())
@@ -257,6 +259,9 @@ class StateTransfer(Link):
             self._headers.clear()
             if self._manifest is not None:
                 self._send_first(pb.ToAggregator(manifest=self._manifest))
+
+    def _ask_again(self, shard: int) -> None:
+        """Asks anew for a state that has not come, when all else has been said."""
         if self._request is not None:
             self._send(shard, pb.ToAggregator(state_request=self._request))
 
@@ -267,6 +272,8 @@ class StateTransfer(Link):
         self._headers[message.request] = message
 
     def _on_state_chunk(self, shard: int, chunk: pb.StateChunk, payload: memoryview) -> None:
+        if not chunk.request and (self._manifest is None or self._request is not None):
+            return  # For those that begin; this worker asks for a state, or has one.
         incoming = self._incoming.get(chunk.request)
         if incoming is None:
             incoming = self._incoming[chunk.request] = _Incoming(chunk.run, chunk.num_variables)
