@@ -138,7 +138,7 @@ def test_fit_goes_on_in_the_epoch_of_the_others(tmp_path: Path, who: str) -> Non
     # Without `ps` tasks worker 0 brings a new service, which learns of the job from worker 1.
     ps, killed = (1, 1) if who == "who comes again" else (0, 0)
     stays, comes_again = f"worker {1 - killed}", f"worker {killed}"
-    # In the third epoch of both.
+    # In its third epoch, and when the other has come as far.
     killed_at = 20
     with FaultyJob(
         "mixing_fit.py",
