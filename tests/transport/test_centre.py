@@ -363,6 +363,20 @@ def test_a_centre_is_one_workers_on_all_shards(serve: Serve) -> None:
             assert any(same(values, model(10 * fit - 10 + worker)) for worker in range(4))
 
 
+def test_the_first_shard_decides_who_gives_what_others_have_nothing_of_yet(serve: Serve) -> None:
+    service = serve(2, shards=2, centre=serialize(AsyncCentre()))
+    first, second = service.sessions()
+    # All of it is on the first shard, so that the other one has never had a centre.
+    small = [("w", "float32", (2,))]
+    whole = plan([TensorSpec("float32", (2,))], 24, 2)
+    for session in (first, second):
+        session.open_centre(small, whole, [np.ones(2, "f4")])
+    for session in (second, first):
+        values = model(session.config.worker)
+        found, _ = session.open_centre(SPECS, cut(2), values, (1, 0), joins=False)
+        assert same(found, model(1))
+
+
 def test_a_shard_that_is_lost_while_a_centre_is_given_asks_the_same_worker_again(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -157,6 +157,7 @@ class Attendance:
                 lambda: self._present,
                 self._on_event,
                 self._worker_bytes,
+                decides=not hello.shard,
             )
         self._hello = hello
 

@@ -36,6 +36,8 @@ class Centres:
         expected: Returns the workers that take part, or may come yet.
         on_event: Called with one line for the service's log.
         most_bytes: How many bytes one of them may have.
+        decides: Whether this is the shard that decides who gives a centre. Others are told of one
+            by the worker that gives it.
     """
 
     def __init__(
@@ -46,12 +48,14 @@ class Centres:
         expected: Callable[[], set[int]],
         on_event: Callable[[str], None],
         most_bytes: int,
+        decides: bool = True,
     ) -> None:
         self._policy = policy
         self._streams = streams
         self._expected = expected
         self._on_event = on_event
         self._most_bytes = most_bytes
+        self._decides = decides
         self._counts = [MixCounts() for _ in range(num_workers)]
         self._centres: dict[tuple[int, int], Centre] = {}
         # Where each worker is.
@@ -120,6 +124,9 @@ class Centres:
                 self._counts,
             )
         self._at[worker] = key
+        if worker in self._held and self._held[worker].key != key:
+            # It has gone on, and is not going to give what it had.
+            del self._held[worker]
         centre.open(worker, message)
         self._forget()
         self._choose()
@@ -177,7 +184,7 @@ class Centres:
 
     def _giver(self, key: tuple[int, int]) -> int | None:
         """Returns worker 0 for the first centre of a job, and nobody for later ones."""
-        is_first = not self._has_begun and self._at.get(0, key) <= key
+        is_first = self._decides and not self._has_begun and self._at.get(0, key) <= key
         return 0 if is_first and 0 in self._expected() else None
 
     def _holders(self, key: tuple[int, int]) -> dict[int, int]:
