@@ -164,8 +164,10 @@ def test_fit_goes_on_in_the_epoch_of_the_others(tmp_path: Path, who: str) -> Non
     # progress.
     assert begun == list(range(begun[0], epochs)) and begun[0] >= 2
     assert then == list(range(epochs - len(then), epochs))
-    losses = values(job.lives[comes_again][1])
-    assert losses[0] < 0.8 * values(job.lives[comes_again][0])[0]
+    # Keras' loss is the mean over the epoch so far; a batch has too few examples to tell.
+    runs = 8
+    losses, at_first = (values(life)[:runs] for life in job.lives[comes_again][::-1])
+    assert losses[-1] < 0.92 * at_first[-1], (losses, at_first)
     # What it sees and may save after the first fit is what the others have trained, too.
     untrained = values(job.lives[stays][0])[0]
     assert max(first["ends"] + second["ends"]) < 0.75 * untrained

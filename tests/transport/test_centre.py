@@ -363,6 +363,32 @@ def test_a_centre_is_one_workers_on_all_shards(serve: Serve) -> None:
             assert any(same(values, model(10 * fit - 10 + worker)) for worker in range(4))
 
 
+def test_the_newest_centre_is_not_lost_where_its_holder_is_away_for_a_moment(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stream breaks once more when the service has just been started again."""
+    service = serve(2, centre=serialize(AsyncCentre()))
+    sessions = service.sessions()
+    opened(service, sessions, cut())
+    holder = sessions[1]
+    monkeypatch.setattr(sessions[0], "_centre_versions", [[None] * cut().num_slices[0]])
+    for _ in range(3):
+        newest, _ = holder.mix([np.ones_like(v) for v in model(0)])
+    expected = [v.copy() for v in newest]
+    breaks, give = iter([True]), holder._give_centre
+
+    def give_or_break(shard: int) -> None:
+        if next(breaks, False):
+            holder._connections[shard].abandon()
+        else:
+            give(shard)
+
+    monkeypatch.setattr(holder, "_give_centre", give_or_break)
+    service.restart(0)
+    for found in service.together(*(s.read_centre for s in sessions)):
+        assert same(found, expected)
+
+
 def test_the_first_shard_decides_who_gives_what_others_have_nothing_of_yet(serve: Serve) -> None:
     service = serve(2, shards=2, centre=serialize(AsyncCentre()))
     first, second = service.sessions()

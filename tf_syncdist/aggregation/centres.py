@@ -107,6 +107,7 @@ class Centres:
         if message.joins:
             # Where its former process was does not count, nor do others that are away.
             self._at.pop(worker, None)
+            self._held.pop(worker, None)
             expected = self._expected()
             if key not in {at for other, at in self._at.items() if other in expected}:
                 alike = [k for k, centre in self._centres.items() if centre.is_of(message)]
@@ -139,7 +140,8 @@ class Centres:
 
     def leave(self, worker: int, for_good: bool) -> None:
         """Takes note that a worker takes part no more."""
-        self._held.pop(worker, None)
+        if for_good:
+            self._held.pop(worker, None)
         self.reopen(worker)
         # It may have been due to give a centre that it has never asked for itself.
         self._choose()
@@ -188,12 +190,8 @@ class Centres:
         return 0 if is_first and 0 in self._expected() else None
 
     def _holders(self, key: tuple[int, int]) -> dict[int, int]:
-        expected = self._expected()
-        return {
-            worker: held.version
-            for worker, held in self._held.items()
-            if held.key == key and worker in expected
-        }
+        # Also those that are away: what they hold is worth waiting for until they are given up.
+        return {w: held.version for w, held in self._held.items() if held.key == key}
 
     def _complete(self, key: tuple[int, int], text: str) -> None:
         self._has_begun = True

@@ -68,6 +68,7 @@ class Link:
         # By which each shard knows its own workers again.
         self._shard_seeds = [0 for _ in config.addresses]
         self._down_since: list[float | None] = [None for _ in config.addresses]
+        self._welcomed_at = [0.0 for _ in config.addresses]
         self._leaving = False
         self._members: tuple[int, ...] = ()
         self._first_welcome = pb.Welcome()
@@ -242,7 +243,9 @@ class Link:
         """Gives what the service may want before it goes on; called with `_changed` held."""
 
     def _on_silence(self, shard: int) -> None:
-        if self._ready[shard]:
+        # A service that was started again may have said welcome before the first heartbeat since.
+        is_new = time.monotonic() - self._welcomed_at[shard] < self.config.detection_seconds
+        if self._ready[shard] and not is_new:
             self._connections[shard].abandon()
 
     def _on_lost(
@@ -300,7 +303,7 @@ class Link:
         before, self._welcomes[shard] = self._welcomes[shard], message
         self._shard_seeds[shard] = message.job_seed
         connection = self._connections[shard]
-        self._down_since[shard] = None
+        self._down_since[shard], self._welcomed_at[shard] = None, time.monotonic()
         self._ready[shard] = True
         self._former += [m for m in (self._lending[shard], self._opened[shard]) if m is not None]
         self._opened[shard], self._lending[shard] = Opened(), None
