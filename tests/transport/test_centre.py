@@ -389,6 +389,30 @@ def test_the_newest_centre_is_not_lost_where_its_holder_is_away_for_a_moment(
         assert same(found, expected)
 
 
+def test_another_one_gives_the_centre_where_its_holder_comes_back_as_a_new_process(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = serve(2, shards=2, centre=serialize(AsyncCentre()), detection_seconds=0.5)
+    first, holder = service.sessions()
+    way, asked = cut(2), threading.Event()
+    opened(service, [first, holder], way)
+    expected = [v.copy() for v in first.mix([np.ones_like(v) for v in model(0)])[0]]
+    holder.mix([np.ones_like(v) for v in model(0)])
+    monkeypatch.setattr(holder, "_give_centre", lambda shard: asked.set())
+    for shard in range(2):
+        service.restart(shard)
+    assert asked.wait(10)
+    holder.close()
+    service.until(lambda: any("is gone" in n for n in service.notices[0]))
+    again = service.session(1)
+
+    def begin() -> list[np.ndarray]:
+        return again.open_centre(SPECS, way, model(1), (0, 0))[0]
+
+    for found in service.together(first.read_centre, begin):
+        assert same(found, expected)
+
+
 def test_the_first_shard_decides_who_gives_what_others_have_nothing_of_yet(serve: Serve) -> None:
     service = serve(2, shards=2, centre=serialize(AsyncCentre()))
     first, second = service.sessions()

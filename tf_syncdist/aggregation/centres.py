@@ -107,7 +107,6 @@ class Centres:
         if message.joins:
             # Where its former process was does not count, nor do others that are away.
             self._at.pop(worker, None)
-            self._held.pop(worker, None)
             expected = self._expected()
             if key not in {at for other, at in self._at.items() if other in expected}:
                 alike = [k for k, centre in self._centres.items() if centre.is_of(message)]
@@ -131,6 +130,11 @@ class Centres:
         centre.open(worker, message)
         self._forget()
         self._choose()
+
+    def begin(self, worker: int) -> None:
+        """Takes note that a worker comes as a process that holds nothing."""
+        if self._held.pop(worker, None) is not None:
+            self._choose()
 
     def reopen(self, worker: int) -> None:
         """Takes note that a worker has another stream now."""

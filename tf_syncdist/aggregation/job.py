@@ -70,6 +70,8 @@ class Job(Attendance):
             self._quotas.begin(worker)
             if self._centres is not None:
                 self._centres.reopen(worker)
+                if standing is None:
+                    self._centres.begin(worker)
             self._serves[worker] = hello.serves
             self._memories[worker] = WorkerMemory()
             self._on_event(f"worker {worker} joined ({len(self._streams)} of {hello.num_workers})")

@@ -70,7 +70,9 @@ class Recovery:
         self._gone.discard(worker)
 
     def add_new(self, worker: int) -> None:
-        """Takes note of a new process, which knows nothing."""
+        """Takes note of a new process, which knows nothing, perhaps in place of one that did."""
+        self.drop(worker)
+        self._gone.discard(worker)
         self._others.add(worker)
 
     def drop(self, worker: int) -> None:

@@ -27,6 +27,9 @@ from tf_syncdist.transport.session_config import SessionConfig
 # Without an answer in this time, and until it comes, values travel in the messages.
 _ANSWER_SECONDS = 2.0
 
+# A heartbeat has a connection of its own, which may be there so much later than the stream.
+_NEW_SECONDS = 3.0
+
 # Whoever cannot be reached now may be reached later.
 _PASSING = {
     grpc.StatusCode.OK,
@@ -244,7 +247,8 @@ class Link:
 
     def _on_silence(self, shard: int) -> None:
         # A service that was started again may have said welcome before the first heartbeat since.
-        is_new = time.monotonic() - self._welcomed_at[shard] < self.config.detection_seconds
+        seconds = max(_NEW_SECONDS, self.config.detection_seconds)
+        is_new = time.monotonic() - self._welcomed_at[shard] < seconds
         if self._ready[shard] and not is_new:
             self._connections[shard].abandon()
 
