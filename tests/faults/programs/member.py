@@ -105,6 +105,15 @@ def model_and_optimizer(strategy: tf_syncdist.SyncReplicasStrategy) -> tuple:
     return model, optimizer
 
 
+def wait_for(life: str, runs: int) -> None:
+    """Waits until another worker has done so many runs."""
+    trace = Path(_LIFE).parent / f"{life}.trace"
+    deadline = time.monotonic() + 60
+    while not trace.exists() or trace.read_text().count("\n") < runs:
+        assert time.monotonic() < deadline, f"{life} has not done {runs} runs"
+        time.sleep(0.01)
+
+
 def write(strategy: Any, model: keras.Model, optimizer: Any, **more: Any) -> None:
     """Writes this worker's results, all at once."""
     results = {

@@ -20,15 +20,6 @@ STRATEGIES = {
 }
 
 
-def wait_for_others(rounds: int) -> None:
-    """Waits until worker 0 has done so many steps."""
-    first = Path(LIFE).parent / "worker-0.life-0.trace"
-    deadline = time.monotonic() + 60
-    while not first.exists() or first.read_text().count("\n") <= rounds:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def is_done(number: int) -> bool:
     """Returns whether this worker has made all its steps.
 
@@ -44,7 +35,7 @@ def is_done(number: int) -> bool:
 
 def main() -> None:
     if Path(LIFE).name == f"worker-{ARGUMENTS['late']}.life-0":
-        wait_for_others(ARGUMENTS["late_by"])
+        member.wait_for("worker-0.life-0", ARGUMENTS["late_by"] + 1)
     strategy: Any = STRATEGIES[ARGUMENTS["kind"]](
         connect_timeout_seconds=60.0,
         timeout_seconds=60.0,

@@ -16,15 +16,6 @@ BATCH_SIZE = 12
 LIFE = os.environ["TF_SYNCDIST_TEST_LIFE"]
 
 
-def wait_for(life: str, runs: int) -> None:
-    """Waits until another worker has done so many runs."""
-    trace = Path(LIFE).parent / f"{life}.trace"
-    deadline = time.monotonic() + 60
-    while not trace.exists() or trace.read_text().count("\n") < runs:
-        assert time.monotonic() < deadline, f"{life} has not done {runs} runs"
-        time.sleep(0.01)
-
-
 class Note(keras.callbacks.Callback):
     """Notes every run; the worker that will be killed waits for another before that."""
 
@@ -37,7 +28,7 @@ class Note(keras.callbacks.Callback):
         """Is called by Keras."""
         self._runs += 1
         if self._runs == ARGUMENTS["killed_at"] and Path(LIFE).name == ARGUMENTS["killed"]:
-            wait_for(ARGUMENTS["stays"], ARGUMENTS["killed_at"])
+            member.wait_for(ARGUMENTS["stays"], ARGUMENTS["killed_at"])
         self._file.write(f"{self._runs} {logs['loss']}\n")
         time.sleep(ARGUMENTS["step_seconds"])
 
