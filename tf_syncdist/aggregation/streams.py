@@ -57,6 +57,8 @@ class TrainStream:
         self._leaving_since: float | None = None
         self._lock = threading.Lock()
         self._counted = False
+        # Told to the others if the stream ends; gRPC may tell of that before the reason is known.
+        self._why = "its connection broke"
 
     def serve(self) -> Iterator[bytes]:
         """Yields what the worker is to be told; to be called by gRPC's thread."""
@@ -97,7 +99,6 @@ class TrainStream:
 
     def _read(self) -> None:
         worker = None
-        why = "its connection was closed"
         try:
             data, _ = self._next()
             if data is None:
@@ -107,18 +108,18 @@ class TrainStream:
             while True:
                 data, broke = self._next()
                 if data is None:
-                    why = broke or why
+                    self._why = broke or "its connection was closed"
                     break
                 self._job.handle(worker, data, self._outbox)
                 # It may be large, and the next one may be long in coming.
                 del data
             self._outbox.close()
         except Refused as e:
-            why = "it sent what the service refuses"
+            self._why = "it sent what the service refuses"
             self._end(e)
         except Exception as e:  # noqa: BLE001 - the worker must not take it for an orderly end
             _log.exception("while handling what a worker sent")
-            why = f"the service failed on what it sent: {type(e).__name__}"
+            self._why = f"the service failed on what it sent: {type(e).__name__}"
             self._end(
                 Refused(
                     grpc.StatusCode.INTERNAL,
@@ -128,7 +129,7 @@ class TrainStream:
                 )
             )
         if worker is not None:
-            self._job.lost(worker, why, self._outbox)
+            self._job.lost(worker, self._why, self._outbox)
 
     def _next(self) -> tuple[bytes | None, str]:
         """Returns the next message, or `None` and how the stream broke, if it did."""
@@ -158,9 +159,8 @@ class TrainStream:
         outbox.on_overflow = self._overflow
         self._outbox = outbox
         # If the stream has ended meanwhile, gRPC does not call back any more.
-        broke = "its connection broke"
-        if not self._context.add_callback(lambda: self._job.lost(worker, broke, outbox)):
-            self._job.lost(worker, broke, outbox)
+        if not self._context.add_callback(lambda: self._job.lost(worker, self._why, outbox)):
+            self._job.lost(worker, self._why, outbox)
         self._admitted.put(outbox)
         return worker
 

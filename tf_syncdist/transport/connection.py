@@ -213,19 +213,18 @@ class Connection:
                     self._outgoing.put(None)
                     return self._background.popleft()
                 return message
-            if not self._outgoing.empty():
-                continue
             found = self._next_slice()
             if found is not None:
                 return found
-            if self._background:
+            if self._background and self._outgoing.empty():
                 return self._background.popleft()
 
     def _next_slice(self) -> SliceMessage | None:
-        """Returns the most urgent slice that somebody wants, if the credit allows one."""
+        """Returns the most urgent slice that somebody wants, if nothing else is to be sent."""
         while True:
             with self._lock:
-                if not self._slices.is_ready:
+                # Seen with the slices, for a slice of the next run comes after this run's end.
+                if not self._outgoing.empty() or not self._slices.is_ready:
                     return None
                 message, nbytes = self._slices.take()
             data = message()

@@ -13,6 +13,9 @@ from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
 # A shard may be busy for longer than a worker may be silent, and nobody waits for it meanwhile.
 _LEAST_PATIENCE_SECONDS = 5.0
 
+# After a failure: a shard that was started again may expect to hear of a worker this often.
+_MOST_PAUSE_SECONDS = 0.25
+
 
 class Heartbeat:
     """A thread that says "I am alive" to a shard, on a connection of its own.
@@ -67,10 +70,10 @@ class Heartbeat:
     def _beat(self) -> None:
         failures, answered, pause = 0, time.monotonic(), 0.0
         while not self._closed.wait(pause):
-            pause = self._timeout / 4
+            pause = min(self._timeout / 4, _MOST_PAUSE_SECONDS)
             try:
                 reply = self._call(self._request, timeout=self._timeout)
-                pause = min(pause, max(0.05, reply.next_seconds))
+                pause = min(self._timeout / 4, max(0.05, reply.next_seconds))
                 failures, answered = 0, time.monotonic()
             except ValueError:
                 return  # The channel is closed.
