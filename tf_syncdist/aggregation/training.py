@@ -109,7 +109,7 @@ class Training:
                 self._process.kill()
             else:
                 self._guard.forget(self._process.pid)
-            self._process.wait(5.0)
+            self._process.wait(60.0)
             self._process = None
         if self._guard is not None:
             self._guard.close()

@@ -37,8 +37,8 @@ _MAX_PAUSE_SECONDS = 0.1
 # A library may take so long to come back to the program, until an exception is raised within it.
 _POLITE_SECONDS = 1.0
 
-# The main thread may act on a signal before the watching thread has looked at the clock.
-_SOONER_SECONDS = 0.5
+# The main thread may act on a signal before the watching thread does, by as much as this.
+_SOONER_SECONDS = 5.0
 
 
 def exit_status(number: int) -> int:
@@ -107,9 +107,11 @@ class _Watch:
     def __init__(self) -> None:
         self.watchers: list[InterruptWatcher] = []
         self.is_ending = False
-        # For each signal, when it last became an exception, and since when it is being acted on.
+        # For each signal, when it last became an exception, and since when it is being acted on;
+        # and those that became one before that, as the watching thread had no turn.
         self._raised_at = dict.fromkeys((signal.SIGINT, signal.SIGTERM), -math.inf)
         self._since: dict[int, float] = {}
+        self._raised_early: set[int] = set()
         self._replaced: dict[int, object] = {}
         self._later = WhenItGoesOn()
         self._reader, self._writer = socket.socketpair()
@@ -159,6 +161,8 @@ class _Watch:
                 self._later.call(place, lambda: self._raise(number, place))
             return
         self._later.cancel()
+        if number not in self._since:
+            self._raised_early.add(number)
         self._raised_at[number] = time.monotonic()
         # Else TensorFlow's error for the step that was cut short would stand above it.
         if number == signal.SIGINT:
@@ -169,8 +173,7 @@ class _Watch:
 
     def _better_place(self, number: int, frame: FrameType | None) -> FrameType | None:
         """Returns the frame in which to raise; see `frames`."""
-        since = self._since.get(number, math.inf) + _SOONER_SECONDS
-        if time.monotonic() < since + _POLITE_SECONDS:
+        if time.monotonic() < self._since.get(number, math.inf) + _POLITE_SECONDS:
             place = innermost_of_program(frame)
             if place is not frame:
                 return place
@@ -197,7 +200,9 @@ class _Watch:
         self._reader.close()
 
     def _act(self, number: signal.Signals) -> None:
-        self._since[number] = time.monotonic() - _SOONER_SECONDS
+        now, raised_at = time.monotonic(), self._raised_at[number]
+        was_early = number in self._raised_early and now - raised_at < _SOONER_SECONDS
+        self._since[number] = raised_at if was_early else now
         self._note(number)
         threading.Thread(
             target=self._end, args=(number,), name="tf_syncdist_end", daemon=True
@@ -220,6 +225,7 @@ class _Watch:
         if number == signal.SIGINT and self._has_raised(number):
             # The program may take its time to act on it. What was sent in vain is on its way.
             threading.Event().wait(_MAX_PAUSE_SECONDS)
+            self._raised_early.discard(number)
             del self._since[number]
             return
         threading.Event().wait(max(0.0, give_up_at - now))

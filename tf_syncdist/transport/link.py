@@ -266,9 +266,11 @@ class Link:
             # Before a welcome it means that too many come at once; later, that this takes too much.
             crowded = code is grpc.StatusCode.RESOURCE_EXHAUSTED and not self._ready[shard]
             self._ready[shard] = False
+            # A goodbye that is said from now on has not reached the service, and is said again.
+            leaving = self._leaving
             now = time.monotonic()
             since = self._down_since[shard] = self._down_since[shard] or now
-        if (code not in _PASSING and not crowded) or self._leaving:
+        if (code not in _PASSING and not crowded) or leaving:
             self.cancel(error)
             return
         patience = self.config.connect_timeout_seconds
