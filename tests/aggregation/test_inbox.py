@@ -8,7 +8,7 @@ import pytest
 from tf_syncdist.aggregation.inbox import Inbox
 from tf_syncdist.propagation.queue import Urgency
 
-_DEADLINE_SECONDS = 10.0
+_DEADLINE_SECONDS = 30.0
 
 
 def urgency(priority: int, run: int = 0) -> Urgency:

@@ -58,7 +58,7 @@ def _run(tmp_path: Path, *flags: str) -> list[dict]:
         env={**os.environ, "PYTHONPATH": ""},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     assert "of oracle" in done.stdout
@@ -103,7 +103,7 @@ def test_mistakes_end_with_a_message() -> None:
         cwd=_ROOT,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
     )
     assert done.returncode == 1
     assert "Expected a law of" in done.stdout + done.stderr

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import tf_syncdist
+from tf_syncdist.cluster import interrupts
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -20,26 +21,51 @@ BEGIN = """
 import hashlib, os, signal, sys, threading, time
 # A shell without job control starts programs that ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+from tf_syncdist.cluster import interrupts
 from tf_syncdist.cluster.interrupts import InterruptWatcher
 told = []
 watcher = InterruptWatcher(lambda number: told.append(number.name))
 
 def ready():
-    print("ready", flush=True)
+    # Nothing that is printed, and not flushed yet, comes with it.
+    os.write(1, b"ready\\n")
+
+def until(there):
+    deadline = time.monotonic() + 40
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+def ready_once_stuck():
+    clock = time.pthread_getcpuclockid(threading.main_thread().ident)
+    # So much computing is done nowhere else.
+    least = time.clock_gettime(clock) + 0.03
+    def wait():
+        until(lambda: time.clock_gettime(clock) > least)
+        ready()
+    threading.Thread(target=wait, daemon=True).start()
 
 def stuck():
     # Lasts about a minute, and no signal cuts it short.
     hashlib.pbkdf2_hmac("sha256", b"", b"", 10**8)
 """
 
+# So that a busy machine may hold up an orderly end, or a thread, for a while. Where the end is by
+# one of these deadlines, a program sets it back.
+PATIENT = """
+for name in ("_GRACE_SECONDS", "_FLUSH_SECONDS", "_POLITE_SECONDS", "_SOONER_SECONDS"):
+    setattr(interrupts, name, 20.0)
+"""
+
 
 class Ended:
     """Runs code until it has printed "ready", sends signals, and waits for the end."""
 
-    def __init__(self, code: str, *numbers: signal.Signals, begin: str = BEGIN) -> None:
+    def __init__(self, code: str, *numbers: signal.Signals, begin: str = BEGIN + PATIENT) -> None:
         process = subprocess.Popen(
             [sys.executable, "-c", begin + textwrap.dedent(code)],
-            env={**os.environ, "PYTHONPATH": str(_ROOT)},
+            # What is printed is to be kept back until it is flushed.
+            env={**os.environ, "PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             # Nothing that comes after the first line is to be read with it.
@@ -70,6 +96,7 @@ def test_sigterm_ends_a_program_in_order_and_without_a_word() -> None:
             time.sleep(30)
         finally:
             time.sleep(0.5)
+            until(lambda: told)
             print("finally")
     """
     ended = Ended(code, signal.SIGTERM)
@@ -91,16 +118,46 @@ def test_a_second_sigterm_changes_nothing() -> None:
     assert (ended.status, ended.output, ended.errors) == (143, "finally\n", "")
 
 
+def test_one_signal_is_one_exception_where_the_main_thread_acts_on_it_first() -> None:
+    code = """
+        act = interrupts._Watch._act
+        def late(watch, number):
+            time.sleep(1.0)
+            act(watch, number)
+        interrupts._Watch._act = late
+        try:
+            ready()
+            time.sleep(30)
+        except KeyboardInterrupt:
+            until(lambda: told)
+            time.sleep(0.5)
+            print("saved")
+    """
+    ended = Ended(code, signal.SIGINT)
+    assert (ended.status, ended.output, ended.errors) == (0, "saved\n", "")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_program_that_computes_without_looking_up_is_ended(number: signal.Signals) -> None:
-    ended = Ended("ready(); print('kept', end=''); stuck()", number)
+    code = """
+        interrupts._GRACE_SECONDS = 3.0
+        print("kept", end="")
+        ready_once_stuck()
+        stuck()
+    """
+    ended = Ended(code, number)
     assert ended.status == 128 + number
-    assert ended.seconds < 5 and ended.output == "kept"
+    assert ended.seconds < 20 and ended.output == "kept"
     assert ended.errors == ""
+
+
+def test_a_process_is_ended_within_five_seconds_where_nothing_holds_it_up() -> None:
+    assert interrupts._GRACE_SECONDS + interrupts._FLUSH_SECONDS < 5
 
 
 def test_a_program_whose_end_takes_too_long_is_ended() -> None:
     code = """
+        interrupts._GRACE_SECONDS = 3.0
         try:
             ready()
             time.sleep(30)
@@ -108,20 +165,23 @@ def test_a_program_whose_end_takes_too_long_is_ended() -> None:
             stuck()
     """
     ended = Ended(code, signal.SIGTERM)
-    assert ended.status == 143 and ended.seconds < 5
+    assert ended.status == 143 and ended.seconds < 20
 
 
 def test_a_keyboard_interrupt_is_the_programs_own_affair() -> None:
     code = """
         try:
-            ready()
             try:
                 raise ValueError("what TensorFlow says of a step that was cut short")
             except ValueError:
+                ready()
                 time.sleep(30)
         except KeyboardInterrupt as e:
             assert e.__suppress_context__
-            time.sleep(4.5)
+            until(lambda: told)
+            # From then on nobody is left who would end it.
+            until(lambda: "tf_syncdist_end" not in [t.name for t in threading.enumerate()])
+            time.sleep(1)
             print("saved", told)
     """
     ended = Ended(code, signal.SIGINT)
@@ -136,8 +196,11 @@ def test_an_exception_that_is_being_made_is_finished_first(number: signal.Signal
         class Slow(Exception):
             def __init__(self):
                 ready()
-                until = time.monotonic() + 1.5
-                while time.monotonic() < until:
+                while not told:
+                    pass
+                # The main thread is sent the signal again and again meanwhile.
+                end = time.monotonic() + 0.5
+                while time.monotonic() < end:
                     pass
                 made.append(1)
 
@@ -168,12 +231,14 @@ def test_a_library_does_not_lose_an_interrupt(number: signal.Signals) -> None:
     """
     ended = Ended(code, number)
     assert ended.status == (143 if number == signal.SIGTERM else -number)
-    assert "ignored" not in ended.errors and ended.seconds < 2
+    # Else it would have been ended after 20 s.
+    assert "ignored" not in ended.errors and ended.seconds < 15
 
 
 def test_a_library_that_does_not_come_back_is_interrupted() -> None:
-    ended = Ended("ready(); threading.Event().wait(30)", signal.SIGINT)
-    assert ended.status == -signal.SIGINT and ended.seconds < 2
+    code = "interrupts._POLITE_SECONDS = 1.0; ready(); threading.Event().wait(30)"
+    ended = Ended(code, signal.SIGINT)
+    assert ended.status == -signal.SIGINT and ended.seconds < 15
 
 
 def test_an_interrupt_that_nobody_catches_has_its_usual_end() -> None:
@@ -197,11 +262,12 @@ for number in (signal.SIGINT, signal.SIGTERM):
         while len(seen) < 2:
             time.sleep(0.02)
         time.sleep(3.5)
-        print(seen, told)
+        # What comes while it is held up is handled in the order of the numbers.
+        print(sorted(seen), told)
     """
     begin = "import signal\n" + begin
     ended = Ended(code, signal.SIGTERM, signal.SIGINT, begin=begin)
-    assert (ended.status, ended.output, ended.errors) == (0, "[15, 2] []\n", "")
+    assert (ended.status, ended.output, ended.errors) == (0, "[2, 15] []\n", "")
 
 
 def test_nothing_is_installed_outside_of_the_main_thread() -> None:
@@ -234,9 +300,9 @@ def test_everything_is_put_back_by_the_last_one() -> None:
             try:
                 time.sleep(30)
             except KeyboardInterrupt:
-                time.sleep(0.5)
+                until(lambda: told)
                 print(told, new.received.name)
-        assert threading.active_count() < 10
+        until(lambda: threading.active_count() < 10)
     """
     ended = Ended(code, signal.SIGINT)
     assert (ended.status, ended.output, ended.errors) == (0, "['new'] SIGINT\n", "")
@@ -267,11 +333,13 @@ def test_a_signal_for_a_forked_child_is_not_the_parents() -> None:
         warnings.simplefilter("ignore")
 
         def forked():
+            reader, writer = os.pipe()
             pid = os.fork()
             if not pid:
+                os.write(writer, b"x")
                 time.sleep(30)
                 os._exit(1)
-            time.sleep(0.3)
+            os.read(reader, 1)
             os.kill(pid, signal.SIGTERM)
             print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 
@@ -283,5 +351,5 @@ def test_a_signal_for_a_forked_child_is_not_the_parents() -> None:
         time.sleep(3.5)
         print(told)
     """
-    ended = Ended(code)
+    ended = Ended(code, begin=BEGIN)
     assert (ended.status, ended.output, ended.errors) == (0, "-15\n-15\n[]\n", "")

@@ -55,6 +55,7 @@ def test_credentials_in_the_environment_reach_workers_and_services(
         policy = cutoff.serialize(cutoff.FullSync())
         credentials = Credentials.from_environment()
         config = SessionConfig(tuple(config["ps"]), 0, 1, policy, credentials=credentials)
+        config = config._replace(detection_seconds=30.0)
         session = Session(config, print)
         print(credentials.token, credentials.uses_tls, session.report().rounds)
         session.close()
@@ -239,7 +240,8 @@ def test_stop_on_failure_stops_the_others(launch: Launch) -> None:
             sys.exit(5)
         time.sleep(600)
     """
-    job = launch(script, "--num_workers=3", "--stop_on_failure", "script.py")
+    flags = ("--num_workers=3", "--stop_on_failure", "--grace_seconds=40", "script.py")
+    job = launch(script, *flags)
     assert job.wait() == 5
     assert job.lines[0] == "[launcher] worker 0 failed with exit code 5"
     assert job.lines[-1] == "[launcher] job failed: worker 0 failed with exit code 5"

@@ -64,7 +64,8 @@ STUBBORN = f"""
 
 
 def test_a_stubborn_task_is_killed_in_the_end(launch: Launch) -> None:
-    job = launch(STUBBORN, "--num_workers=2", "--grace_seconds=0.5", "script.py")
+    # When it is stopped, its output has as long as that and a second more to be written.
+    job = launch(STUBBORN, "--num_workers=2", "--grace_seconds=1.5", "script.py")
     job.wait_for("ready", 2)
     job.process.send_signal(signal.SIGINT)
     assert job.wait() == 130
@@ -200,7 +201,12 @@ def test_a_service_that_stays_is_stopped_after_the_last_worker(
             Task(name, 0, [sys.executable, "-c", code], os.environ, port)
             for name, code, port in (("worker", worker, ports[0]), ("ps", service, ports[1]))
         ]
-        assert Job(tasks, relay, guard, 0.3, False).run() == 0
+
+        def clock() -> float:
+            # Stands still for a service that heeds SIGTERM, but may be long about it.
+            return 0.0 if tasks[1].signalled and not ps_ignores else time.monotonic()
+
+        assert Job(tasks, relay, guard, 0.3, False, clock=clock).run() == 0
     said = capfd.readouterr().err.splitlines()
     want = ["[launcher] sent SIGTERM to ps 0", "[launcher] sent SIGKILL to ps 0"]
     assert said == want[: 1 + ps_ignores]
@@ -215,6 +221,8 @@ def test_a_task_that_cannot_start_leaves_no_other_behind(tmp_path: Path) -> None
         command = [sys.executable, "-c", f"import threading; {STAY}"]
         first = Task("worker", 0, command, os.environ, ports[0])
         second = Unstartable("worker", 1, command, os.environ, ports[1])
+        # By this clock the launcher does not give up.
+        job = Job([first, second], relay, guard, 0.3, False, clock=lambda: 0.0)
         with pytest.raises(OSError, match="no room"):
-            Job([first, second], relay, guard, 0.3, False).run()
+            job.run()
         assert first.returncode == -signal.SIGKILL

@@ -51,10 +51,10 @@ def attack(channel: grpc.Channel, method: str, data: list[bytes]) -> set[grpc.St
     for one in data:
         try:
             if method == wire.TRAIN:
-                for _ in train(iter([one]), timeout=30):
+                for _ in train(iter([one]), timeout=60):
                     pass
             else:
-                unary(one, timeout=30)
+                unary(one, timeout=60)
         except grpc.RpcError as e:
             codes.add(e.code())
         else:

@@ -24,12 +24,14 @@ _TAIL_LINES = 40
 _POLL_SECONDS = 0.01
 # A worker that is no further than this behind the front is called sound.
 _BEHIND_ROUNDS = 3
-_SERVICE_END_SECONDS = 20.0
+_SERVICE_END_SECONDS = 40.0
 # At least one and at most two lines of a trace.
 _LINE_BYTES = 140
 _LIFE = "TF_SYNCDIST_TEST_LIFE"
 # Name of the file that is made when no more faults are to come; see `programs/member.py`.
 _CALM = "calm"
+# And of that which is made before, when all have happened; the last rounds wait for it.
+_OVER = "over"
 
 
 class Life:
@@ -117,7 +119,7 @@ class FaultyJob:
         plan: Plan,
         ps: int = 1,
         arguments: Mapping[str, Any] | None = None,
-        seconds: float = 120.0,
+        seconds: float = 220.0,
         statuses: Mapping[str, int] | None = None,
         machine: Machine | None = None,
         proxied: bool = True,
@@ -327,6 +329,7 @@ class FaultyJob:
         """
         if self._is_calm or not self._plan.is_over or self._disturbed:
             return
+        (self._directory / _OVER).touch()
         view = self._view()
         running = {t for t, x in self.lives.items() if x[-1].is_worker and x[-1].ended_at is None}
         if running == view.sound:
@@ -359,12 +362,17 @@ class FaultyJob:
             if fault.restart_seconds is not None:
                 self._undo(fault, fault.restart_seconds, lambda: self._restart(fault.task))
         elif fault.action == KILL_CHILD:
-            children = _children(life)
-            assert children, f"{fault.task} has no child to kill{self._tails()}"
+            # It may be about to start again what was killed last.
+            deadline = time.monotonic() + _SERVICE_END_SECONDS
+            while not (children := _children(life)):
+                if time.monotonic() > deadline:
+                    self._fail(f"{fault.task} has no child to kill")
+                time.sleep(_POLL_SECONDS)
             for pid in children:
                 os.kill(pid, signal.SIGKILL)
         elif fault.action == STOP:
             _signal_group(life, signal.SIGSTOP)
+            (self._directory / f"{fault.task.replace(' ', '-')}.stopped").touch()
             self._undo(fault, fault.seconds, lambda: _signal_group(life, signal.SIGCONT))
         elif fault.action == CUT:
             self._cut(fault.task, True)
@@ -384,7 +392,7 @@ class FaultyJob:
 
     def _restart(self, task: str) -> None:
         life = self.lives[task][-1]
-        life.process.wait(10)
+        life.process.wait(30)
         self._watch()
         self._start(task)
 
@@ -446,7 +454,15 @@ class FaultyJob:
 
 def _children(life: Life) -> list[int]:
     tasks = Path(f"/proc/{life.process.pid}/task").glob("*/children")
-    return [int(pid) for task in tasks for pid in task.read_text().split()]
+    pids = [int(pid) for task in tasks for pid in task.read_text().split()]
+    return [pid for pid in pids if not _is_dead(pid)]
+
+
+def _is_dead(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
 
 
 def _signal_group(life: Life, number: int) -> None:

@@ -64,7 +64,7 @@ class Proxy:
         """Ends all of it. May be called twice."""
         self._closed.set()
         self._flowing.set()
-        self._thread.join(5)
+        self._thread.join(30)
         self._listener.close()
         self.reset()
 
@@ -81,7 +81,7 @@ class Proxy:
 
     def _forward(self, client: socket.socket) -> None:
         try:
-            server = socket.create_connection(self._target, timeout=5)
+            server = socket.create_connection(self._target, timeout=20)
         except OSError:
             client.close()
             return

@@ -85,7 +85,7 @@ def run_job(
     workers: int,
     ps: int = 0,
     arguments: Mapping[str, Any] | None = None,
-    seconds: float = 200.0,
+    seconds: float = 240.0,
     statuses: Mapping[str, int] | None = None,
     start: Sequence[str] | None = None,
     ps_runs_program: bool = False,
@@ -235,7 +235,7 @@ class _Job:
             if time.monotonic() > deadline:
                 self._fail(f"the job has not ended within {seconds:g} s")
             time.sleep(0.05)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while (left := self._living()) and time.monotonic() < deadline:
             time.sleep(0.05)
         if left:

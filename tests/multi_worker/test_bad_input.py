@@ -52,8 +52,8 @@ def test_a_mistake_is_explained(job: JobResult, name: str) -> None:
 
 def test_nothing_waits_for_what_cannot_come(job: JobResult) -> None:
     found = job.results[0]
-    assert 3 <= found.pop("unreachable")["seconds"] < 13
-    assert {name: f["seconds"] for name, f in found.items() if f["seconds"] > 20} == {}
+    assert 3 <= found.pop("unreachable")["seconds"] < 30
+    assert {name: f["seconds"] for name, f in found.items() if f["seconds"] > 30} == {}
 
 
 def test_an_unreachable_service_ends_the_process_with_its_address(job: JobResult) -> None:
@@ -71,4 +71,5 @@ def test_workers_with_different_models_are_all_told(tmp_path: Path) -> None:
         assert "unlike/kernel (float32, shape [8, 6]) on worker 0" in error, task
         assert "unlike/kernel (float32, shape [8, 5]) on worker 1" in error, task
         assert "Traceback" not in log.partition("ModelMismatchError")[2], task
-    assert abs(job.ended["worker 0"] - job.ended["worker 1"]) < 10
+    # Neither waits for the other, which would take 150 s.
+    assert abs(job.ended["worker 0"] - job.ended["worker 1"]) < 40

@@ -14,16 +14,17 @@ ROUNDS = 80
 
 
 def test_workers_go_on_when_one_raises(tmp_path: Path) -> None:
-    arguments = {"backup_workers": 1, "failing": 1, "signal": False, "step_seconds": 0.0}
+    arguments = {"backup_workers": 1, "failing": 1, "signal": False}
     statuses = {"worker 1": 1}
     job = run_job("failures.py", tmp_path, workers=3, arguments=arguments, statuses=statuses)
     _check_survivors(job, [0, 2])
     assert "FloatingPointError: this worker has had enough" in job.logs["worker 1"]
-    assert job.ended["worker 1"] < job.ended["worker 0"] + 5
+    # It does not stay for the others, which would take 60 s.
+    assert job.ended["worker 1"] < job.ended["worker 0"] + 30
 
 
 def test_the_last_worker_goes_on_when_the_other_is_killed(tmp_path: Path) -> None:
-    arguments = {"backup_workers": 0, "failing": 1, "signal": True, "step_seconds": 0.0}
+    arguments = {"backup_workers": 0, "failing": 1, "signal": True}
     statuses = {"worker 1": -signal.SIGKILL}
     job = run_job("failures.py", tmp_path, workers=2, ps=1, arguments=arguments, statuses=statuses)
     _check_survivors(job, [0])
@@ -33,9 +34,8 @@ def test_the_last_worker_goes_on_when_the_other_is_killed(tmp_path: Path) -> Non
 
 
 def test_the_service_of_a_killed_chief_ends_and_the_others_say_so(tmp_path: Path) -> None:
-    # Quicker steps would let worker 1 finish alone before the service has noticed.
-    arguments = {"backup_workers": 0, "failing": 0, "signal": True, "step_seconds": 0.1}
-    arguments["connect_timeout_seconds"] = 10.0
+    # Worker 1 must not finish alone before the service has noticed.
+    arguments = {"backup_workers": 0, "failing": 0, "signal": True, "min_workers": 2}
     statuses = {"worker 0": -signal.SIGKILL, "worker 1": 1}
     # The harness fails the test if any process is left.
     job = run_job("failures.py", tmp_path, workers=2, arguments=arguments, statuses=statuses)
@@ -44,8 +44,8 @@ def test_the_service_of_a_killed_chief_ends_and_the_others_say_so(tmp_path: Path
     assert "ServiceError" in last
     assert f"{job.addresses['worker'][0]} went away" in last
     assert "lives and dies with worker 0" in last
-    # It has waited `connect_timeout_seconds` for worker 0 to be started again.
-    assert 8 < job.ended["worker 1"] - job.ended["worker 0"] < 30
+    # It has waited 10 s for worker 0 to be started again.
+    assert 4 < job.ended["worker 1"] - job.ended["worker 0"] < 60
     host, _, port = job.addresses["worker"][0].rpartition(":")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection((host, int(port)), timeout=5)

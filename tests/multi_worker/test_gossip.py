@@ -15,12 +15,14 @@ pytestmark = pytest.mark.timeout(300)
 
 # Each draws itself or the next one.
 RING = [[0, 1], [1, 2], [2, 0]]
+# A partner may have no turn for long, and the rule is that of one that answers.
+PATIENCE = {"partner_timeout_seconds": 60.0}
 JOBS = {
     "all": {
         "ps": 1,
-        **checks.job("gossip", 3, ["keras", "loops", "straggler"], partners=RING),
+        **checks.job("gossip", 3, ["keras", "loops", "straggler"], partners=RING, **PATIENCE),
     },
-    "push": checks.job("gossip", mode="push", **OPTIONS),
+    "push": checks.job("gossip", mode="push", **OPTIONS, **PATIENCE),
 }
 
 

@@ -13,8 +13,8 @@ ROUNDS = 40
 
 
 def test_a_worker_is_refreshed_and_comes_back(tmp_path: Path) -> None:
-    # The others are slow enough for the paused one to catch up before they have left it again.
-    arguments = {"paused": PAUSED, "pauses": [0.0] * 4 + [2.5, 0.0], "step_seconds": 0.15}
+    # The others give it time then, so that they do not leave it again.
+    arguments = {"paused": PAUSED, "until_round": 15}
     job = run_job("refresh.py", tmp_path, workers=3, arguments=arguments)
     _check(job)
     refreshed = job.results[PAUSED]["local"]
@@ -23,8 +23,8 @@ def test_a_worker_is_refreshed_and_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_worker_is_refreshed_when_the_others_are_done(tmp_path: Path) -> None:
-    # A step is long enough for nobody else to be left behind: a second refresh waits for 30 s.
-    arguments = {"paused": PAUSED, "pauses": [0.0] * 4 + [6.0, 0.0], "step_seconds": 0.08}
+    # While it pauses the others need each other, so that nobody else is left behind.
+    arguments = {"paused": PAUSED, "until_round": ROUNDS}
     job = run_job("refresh.py", tmp_path, workers=3, arguments=arguments)
     _check(job)
     assert job.results[PAUSED]["local"]["missed"] > 20

@@ -62,12 +62,14 @@ def test_the_chief_prints_the_report(job: JobResult) -> None:
 
 def test_fast_workers_do_not_wait(job: JobResult) -> None:
     for worker in FAST:
-        assert job.results[worker]["local"]["wall_seconds"] < ROUNDS * DELAY_SECONDS / 2
+        # The median of its rounds, of which a stalled machine delays few.
+        assert job.results[worker]["typical_seconds"] < DELAY_SECONDS / 2
 
 
 def test_the_slow_worker_ends_soon_after_the_others(job: JobResult) -> None:
     ends = [job.ended[f"worker {w}"] for w in range(WORKERS)]
-    assert max(ends) - min(ends) < 10
+    # With all its own steps it would take more than 30 s longer.
+    assert max(ends) - min(ends) < 25
 
 
 def test_the_logs_of_epochs_are_the_same_everywhere(job: JobResult) -> None:

@@ -78,6 +78,6 @@ def test_an_epoch_has_the_announced_number_of_updates(job: JobResult, case: str)
     assert job.common(case, "iterations") == 4 * (STEPS + (case == "fit_ragged"))
 
 
-def test_a_slow_worker_has_replayed(job: JobResult) -> None:
-    slow = job.results[1]["local"]
-    assert (slow["replayed"] > 0) == (job.results[0]["local"]["contributed"] > slow["contributed"])
+def test_a_slow_worker_has_replayed(job: JobResult, request: pytest.FixtureRequest) -> None:
+    is_slow = bool(request.node.callspec.params["job"])
+    assert (job.results[1]["local"]["replayed"] > 0) == is_slow

@@ -27,7 +27,7 @@ _TAIL_LINES = 80
 
 
 def run_program(
-    program: str, directory: Path, *, devices: int, seconds: float = 120.0, **arguments: Any
+    program: str, directory: Path, *, devices: int, seconds: float = 240.0, **arguments: Any
 ) -> Mapping[str, Any]:
     """Runs a program and returns what it has written.
 

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import tf_syncdist
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(280)
 
 
 @pytest.mark.parametrize(

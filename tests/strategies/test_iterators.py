@@ -8,7 +8,7 @@ import tensorflow as tf
 from tf_syncdist.strategies import adapter
 from tf_syncdist.strategies.iterators import WorkerIterator
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(280)
 
 
 def numbers(count: int, parts: int, runs: int | None = None) -> WorkerIterator:

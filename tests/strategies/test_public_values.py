@@ -12,7 +12,7 @@ import tf_syncdist
 
 from .device_counts import run_program
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(280)
 
 Answers = Mapping[str, Mapping[str, Mapping[str, Any]]]
 

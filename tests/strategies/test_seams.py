@@ -9,7 +9,7 @@ import pytest
 
 import tf_syncdist
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(280)
 
 _STRATEGIES = Path(tf_syncdist.__file__).parent / "strategies"
 
@@ -35,7 +35,7 @@ def test_what_has_moved_is_named(name: str) -> None:
         [sys.executable, "-c", f"{before}\nimport tf_syncdist\ntf_syncdist.SyncReplicasStrategy"],
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=240,
         cwd=_STRATEGIES.parents[1],
     )
     assert done.returncode == 1

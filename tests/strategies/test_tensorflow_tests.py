@@ -19,7 +19,7 @@ import pytest
 
 from .device_counts import run_program
 
-pytestmark = pytest.mark.timeout(200)
+pytestmark = pytest.mark.timeout(280)
 
 _BOTH = ("eager", "graph")
 # The modes of the checks, as `programs/tensorflow_checks.py` explains them.

@@ -1,6 +1,7 @@
 """A real service on free ports of this machine, and sessions and programs that use it."""
 
 import concurrent.futures
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from tf_syncdist import cutoff
+from tf_syncdist.aggregation import membership
 from tf_syncdist.aggregation.limits import DEFAULT_LIMITS, Limits
 from tf_syncdist.aggregation.server import AggregatorServer
 from tf_syncdist.propagation.policies import FifoPropagation, cutter
@@ -18,7 +20,11 @@ from tf_syncdist.strategies.controller import Mode, RunController
 from tf_syncdist.transport.credentials import NO_CREDENTIALS, Credentials
 from tf_syncdist.transport.session import Session, SessionConfig
 
-_DEADLINE_SECONDS = 20.0
+# Nothing here is to fail because the machine is slow: these bound what is expected to succeed.
+_DEADLINE_SECONDS = 60.0
+_CONNECT_SECONDS = 30.0
+_PATIENCE_SECONDS = 30.0
+_DETECTION = "detection_seconds"
 SHAPE = (3, 5)
 
 
@@ -167,14 +173,18 @@ class Service:
         **config: Any,
     ) -> None:
         self.events: list[str] = []
+        self.restarts = 0
+        # Held for a shard that is started again, and for what looks for one that is gone.
+        self._ports = [_reserve_port() for _ in range(shards)]
         self.servers = [
             AggregatorServer(
+                port=reserved.getsockname()[1],
                 credentials=credentials,
                 on_event=self.events.append,
                 limits=limits,
                 record_trace=record_trace,
             )
-            for _ in range(shards)
+            for reserved in self._ports
         ]
         self.notices: list[list[str]] = [[] for _ in range(num_workers)]
         self._sessions: list[Session] = []
@@ -183,7 +193,7 @@ class Service:
             worker=0,
             num_workers=num_workers,
             cutoff=cutoff.serialize(cutoff.BackupWorkers(b)),
-            connect_timeout_seconds=10.0,
+            connect_timeout_seconds=_CONNECT_SECONDS,
             timeout_seconds=_DEADLINE_SECONDS,
         )._replace(**config)
 
@@ -206,11 +216,17 @@ class Service:
         """Starts the programs of all workers."""
         return [Worker(session) for session in self.sessions()]
 
+    def be_impatient(self, **changes: float) -> None:
+        """Lets all sessions wait otherwise from now on, with all that they needed behind them."""
+        for session in self._sessions:
+            session.config = session.config._replace(**changes)
+
     def restart(self, shard: int) -> None:
         """Ends a shard and starts another one in its place, which knows nothing."""
         port = self.servers[shard].port
         self.servers[shard].close(grace_seconds=0)
         self.servers[shard] = AggregatorServer(port=port, on_event=self.events.append)
+        self.restarts += 1
 
     def keep_restarting(self, stop: threading.Event, seed: int, times: int = 6) -> None:
         """Restarts some shard again and again, until that was often enough or `stop` is set."""
@@ -226,6 +242,8 @@ class Service:
             self.together(*(session.close for session in self._sessions))
         for server in self.servers:
             server.close(grace_seconds=0)
+        for reserved in self._ports:
+            reserved.close()
 
     @staticmethod
     def together(*functions: Callable[[], Any]) -> list[Any]:
@@ -243,7 +261,7 @@ class Service:
             pool.shutdown(wait=False, cancel_futures=True)
 
     @staticmethod
-    def until(there: Callable[[], Any], seconds: float = 10.0) -> Any:
+    def until(there: Callable[[], Any], seconds: float = 30.0) -> Any:
         """Waits until a function returns something true, and returns that."""
         deadline = time.monotonic() + seconds
         while not (value := there()):
@@ -252,10 +270,41 @@ class Service:
         return value
 
 
+def _reserve_port() -> socket.socket:
+    """Keeps a port from everybody but a server that is told to use it."""
+    reserved = socket.socket()
+    reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reserved.bind(("127.0.0.1", 0))
+    return reserved
+
+
 @pytest.fixture
-def serve() -> Iterator[Callable[..., Service]]:
+def heard_of(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Workers that are heard of all the time, whatever the machine keeps from its turn."""
+    workers: set[int] = set()
+    tick = membership.Members.tick
+
+    def hear_and_tick(members: membership.Members, now: float) -> membership.Changes:
+        for worker in workers:
+            members.hear(worker, now)
+        return tick(members, now)
+
+    monkeypatch.setattr(membership.Members, "tick", hear_and_tick)
+    return workers
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Service]]:
     """Starts services; see `Service`."""
     started: list[Service] = []
+    patience = membership.Members.patience_seconds
+
+    def be_patient(members: membership.Members) -> float:
+        # Where rounds are fast, a worker would be silent after a second already.
+        is_default = members._detection_seconds == SessionConfig._field_defaults[_DETECTION]
+        return _PATIENCE_SECONDS if is_default else patience(members)
+
+    monkeypatch.setattr(membership.Members, "patience_seconds", be_patient)
 
     def start(*args: Any, **kwargs: Any) -> Service:
         started.append(Service(*args, **kwargs))

@@ -12,6 +12,8 @@ from tf_syncdist.transport.peer_server import PeerServer
 SHAPES = [(3, 5), (7,), ()]
 SPECS = [(f"v{i}", "float32", shape) for i, shape in enumerate(SHAPES)]
 SEED = 5
+# Partners that answer at all are given so long.
+PATIENCE_SECONDS = 30.0
 
 
 def filled(value: float) -> list[np.ndarray]:
@@ -35,7 +37,9 @@ class Peer:
         self.server = PeerServer(
             worker, credentials=mesh.credentials, on_heard=lambda w: self.partners.heard(w)
         )
-        self.partners = Partners(worker, SEED, 0.5, mesh.credentials, self.notices.append)
+        self.partners = Partners(
+            worker, SEED, PATIENCE_SECONDS, mesh.credentials, self.notices.append
+        )
         self.gossip = Gossip(
             mode,
             worker,
@@ -51,7 +55,7 @@ class Peer:
         self,
         value: float,
         specs: list = SPECS,
-        seconds: float = 5.0,
+        seconds: float = PATIENCE_SECONDS,
         key: tuple[int, int] = (1, 0),
         is_first: bool = True,
     ) -> float:
@@ -65,6 +69,10 @@ class Peer:
     def exchange(self, step: int, value: float) -> float:
         """Mixes a model of one value."""
         return value_of(self.gossip.exchange(step, filled(value)))
+
+    def wait_for_partners(self, seconds: float) -> None:
+        """Gives partners so long from now on."""
+        self.partners._timeout = seconds  # noqa: SLF001
 
     def close(self) -> None:
         """Ends it."""

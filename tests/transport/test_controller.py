@@ -137,9 +137,10 @@ def test_the_first_error_stays_the_error(serve: Serve) -> None:
 
 
 def test_a_service_that_is_gone_is_the_error_of_the_run(serve: Serve) -> None:
-    service = serve(1, connect_timeout_seconds=0.5)
+    service = serve(1)
     (worker,) = service.workers()
     worker.do_run(worker.site())
+    service.be_impatient(connect_timeout_seconds=0.5)
     service.servers[0].close(grace_seconds=0)
     service.until(lambda: worker.session.has_failed)
     with pytest.raises(ServiceError, match=service.config.addresses[0]):
@@ -168,7 +169,7 @@ def test_runs_after_the_end_of_the_job_do_nothing_and_say_so_once(serve: Serve) 
 def test_a_run_that_had_begun_when_the_job_ended_takes_place_for_all_that_are_left(
     serve: Serve,
 ) -> None:
-    service = serve(3, timeout_seconds=5)
+    service = serve(3)
     short, begun, third = workers = service.workers()
     sites = [w.site() for w in workers]
     service.together(
@@ -181,7 +182,7 @@ def test_a_run_that_had_begun_when_the_job_ended_takes_place_for_all_that_are_le
         service.until(begun.session.job_over_at)
 
     def finish() -> None:
-        computing.wait(5)
+        assert computing.wait(30)
         short.session.goodbye(pb.FINISHED, 3)
         service.until(third.session.job_over_at)
         third.do_runs(sites[2], 3)
@@ -200,6 +201,7 @@ def test_a_short_program_that_is_behind_ends_the_job_where_all_can_still_meet(
     sites = [w.site() for w in workers]
     service.together(*(functools.partial(w.do_run, s) for w, s in zip(workers, sites, strict=True)))
     ahead.do_runs(sites[0], 4)
+    service.until(lambda: ahead.reported == ahead.counts)
     short.session.goodbye(pb.FINISHED, 1)
     for worker in (ahead, behind):
         service.until(worker.session.job_over_at)

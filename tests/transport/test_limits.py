@@ -15,13 +15,12 @@ from tf_syncdist.aggregation.job import Job
 from tf_syncdist.aggregation.limits import Limits
 from tf_syncdist.aggregation.outbox import Refused
 from tf_syncdist.aggregation.rounds import Fate
+from tf_syncdist.aggregation.streams import TrainStream
 from tf_syncdist.propagation.slices import TensorSpec, plan
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
 from tf_syncdist.transport import wire
 
 from .hostile import at_most, hello
-
-pytestmark = pytest.mark.timeout(120)
 
 Serve = Callable[..., object]
 WAY = plan([TensorSpec("float32", (4,))], 100, 1)
@@ -227,18 +226,27 @@ def hang(over: threading.Event, *first: bytes) -> Iterator[bytes]:
 
 
 def test_streams_that_say_nothing_are_ended_and_few(serve: Serve) -> None:
-    limits = Limits(hello_seconds=1.5, waiting_streams=6, waiting_streams_per_peer=4)
+    limits = Limits(hello_seconds=60, waiting_streams=6, waiting_streams_per_peer=4)
     service = serve(1, limits=limits)
-    over = threading.Event()
+    (server,), over = service.servers, threading.Event()
     with channels_to(service.config.addresses[0], 3) as channels:
-        calls = [
-            channels[i % 3].stream_stream(wire.TRAIN)(hang(over), timeout=20) for i in range(12)
-        ]
-        codes = [end(call) for call in calls]
+
+        def six() -> list[grpc.Call]:
+            trains = [channels[i % 3].stream_stream(wire.TRAIN) for i in range(6)]
+            return [train(hang(over), timeout=60) for train in trains]
+
+        silent = six()
+        service.until(lambda: server._waiting._peers.total() == 6)  # noqa: SLF001
+        assert [end(call) for call in six()] == [grpc.StatusCode.RESOURCE_EXHAUSTED] * 6
+        for call in silent:
+            call.cancel()
+        service.until(lambda: not server._waiting._peers)  # noqa: SLF001
+        # Who is slow to say Hello would be refused, too.
+        server._limits = limits._replace(hello_seconds=1.5)  # noqa: SLF001
+        assert [end(call) for call in six()] == [grpc.StatusCode.DEADLINE_EXCEEDED] * 6
+        server._limits = limits  # noqa: SLF001
     over.set()
-    assert codes.count(grpc.StatusCode.DEADLINE_EXCEEDED) == 6
-    assert codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED) == 6
-    refused = service.servers[0].refused
+    refused = server.refused
     assert refused == {"stream without Hello in time": 6, "stream too many": 6}
     session = service.session(0)
     session.send(0, 0, WAY, [np.ones(4, "f4")])
@@ -360,7 +368,15 @@ def test_an_error_of_the_service_is_no_orderly_end(
     def fail(self: Job, *_: object) -> None:
         raise ZeroDivisionError("of the test")
 
+    count = TrainStream._count  # noqa: SLF001
+
+    def count_last(stream: TrainStream, refusal: Refused) -> None:
+        # Where the worker hears of it first, the end of its stream may be what is noticed first.
+        service.until(lambda: any("worker 1 is gone" in e for e in service.events))
+        count(stream, refusal)
+
     monkeypatch.setattr(Job, "_on_enter_pass", fail)
+    monkeypatch.setattr(TrainStream, "_count", count_last)
     caplog.set_level(logging.ERROR)
     service = serve(2)
     other = service.session(0)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
+from tf_syncdist.aggregation import recovery
 from tf_syncdist.errors import NonFiniteGradientError
 from tf_syncdist.propagation.policies import FifoPropagation, cutter
 from tf_syncdist.propagation.rows import Rows
@@ -276,7 +277,10 @@ def test_who_keeps_back_is_there_all_the_same(serve: Serve, policies: tuple[str,
 
 
 @pytest.mark.parametrize("shards", [1, 2])
-def test_a_service_that_is_started_again_knows_who_keeps_back(serve: Serve, shards: int) -> None:
+def test_a_service_that_is_started_again_knows_who_keeps_back(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, shards: int
+) -> None:
+    monkeypatch.setattr(recovery, "GRACE_SECONDS", 30.0)  # All are to come back.
     service = serve(3, shards=shards)
     trainers = [Trainer(s) for s in service.sessions()]
     # Worker 1 keeps back in every third run, all of them in every fifth.
@@ -289,7 +293,9 @@ def test_a_service_that_is_started_again_knows_who_keeps_back(serve: Serve, shar
 
     def train(worker: int) -> list[list[np.ndarray]]:
         mine = values[worker * 120 : (worker + 1) * 120]
-        return [trainers[worker].do_run(*value)[0] for value in mine]
+        first = [trainers[worker].do_run(*value)[0] for value in mine[:60]]
+        service.until(lambda: service.restarts)
+        return first + [trainers[worker].do_run(*value)[0] for value in mine[60:]]
 
     thread = threading.Thread(target=service.keep_restarting, args=(stop, shards))
     thread.start()
@@ -297,7 +303,7 @@ def test_a_service_that_is_started_again_knows_who_keeps_back(serve: Serve, shar
         results = service.together(*(functools.partial(train, w) for w in range(3)))
     finally:
         stop.set()
-        thread.join(10)
+        thread.join(60)
     assert any("connected again" in n for n in service.notices[0])
     for run in range(120):
         # The mean of 1, 2, 3, or of 1, 3, times 3; or nothing.

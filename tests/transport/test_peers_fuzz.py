@@ -53,9 +53,9 @@ def test_strangers_get_a_status_and_others_go_on(
     address = f"127.0.0.1:{server.port}"
     with grpc.insecure_channel(address) as channel, at_most():
         if method == wire.PUSH:
-            call = channel.stream_stream(method)(iter(messages), timeout=10)
+            call = channel.stream_stream(method)(iter(messages), timeout=30)
         else:
-            call = channel.unary_stream(method)((*messages, b"")[0], timeout=10)
+            call = channel.unary_stream(method)((*messages, b"")[0], timeout=30)
         try:
             told = list(call)
         except grpc.RpcError:
@@ -64,7 +64,7 @@ def test_strangers_get_a_status_and_others_go_on(
     for data in told if method == wire.PULL else ():
         wire.decode(pb.FromPeer, data)
     server.take_pushed()
-    with Partners(1, SEED) as partners:
+    with Partners(1, SEED, 30.0) as partners:
         partners.update({0: address})
         assert partners.pull(0, MODELS).step == 1
         assert partners.push(0, MODELS, GOOD)
@@ -92,7 +92,7 @@ def test_a_push_that_breaks_off_is_not_counted(server: PeerServer) -> None:
                 raise RuntimeError("the sender fails")
 
             with pytest.raises(grpc.RpcError):
-                channel.stream_unary(wire.PUSH)(half(), timeout=10)
+                channel.stream_unary(wire.PUSH)(half(), timeout=30)
         assert not other.take_pushed().count
 
 
@@ -101,7 +101,7 @@ def test_others_need_the_token() -> None:
         server.begin(SEED, SERVED)
         server.publish(Model(1, ONE))
         for token, found in (("right", 1), ("wrong", None), ("", None)):
-            with Partners(1, SEED, credentials=Credentials(token=token)) as partners:
+            with Partners(1, SEED, 30.0, credentials=Credentials(token=token)) as partners:
                 partners.update({0: f"127.0.0.1:{server.port}"})
                 model = partners.pull(0, MODELS)
                 assert (model and model.step) == found
@@ -117,7 +117,7 @@ def test_models_travel_by_mutual_tls() -> None:
         server.begin(SEED, SERVED)
         server.publish(Model(1, ONE))
         for name, found in (("task", 1), ("stranger", None)):
-            with Partners(1, SEED, credentials=credentials(name)) as partners:
+            with Partners(1, SEED, 30.0, credentials=credentials(name)) as partners:
                 partners.update({0: f"127.0.0.1:{server.port}"})
                 model = partners.pull(0, MODELS)
                 assert (model and model.step) == found

@@ -220,7 +220,7 @@ class Arena:
     def talk(self, *messages: bytes, cancel: bool = False) -> tuple[grpc.StatusCode, str]:
         """Sends messages and returns the status; or breaks the stream, and returns that."""
         with grpc.insecure_channel(self.address) as channel:
-            call = channel.stream_stream(wire.TRAIN)(iter(messages), timeout=10)
+            call = channel.stream_stream(wire.TRAIN)(iter(messages), timeout=30)
             try:
                 for _ in call:
                     if cancel:
@@ -277,7 +277,7 @@ def test_streams_that_break(arena: Arena) -> None:
     with grpc.insecure_channel(arena.address) as channel:
         never = threading.Event()
         for _ in range(5):
-            call = channel.stream_stream(wire.TRAIN)(iter(lambda: never.wait(5), True))
+            call = channel.stream_stream(wire.TRAIN)(iter(lambda: never.wait(60), True))
             time.sleep(0.02)
             call.cancel()
         never.set()

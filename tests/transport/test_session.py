@@ -18,6 +18,8 @@ from tf_syncdist.errors import (
 )
 from tf_syncdist.propagation.slices import Plan, TensorSpec, plan
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.transport import link
+from tf_syncdist.transport.connection import Connection
 from tf_syncdist.transport.session import Session
 
 Serve = Callable[..., object]
@@ -134,7 +136,7 @@ def test_who_disconnects_lets_the_others_go_on(serve: Serve) -> None:
     assert same(arrays, receive(second)[0])
     # The mean over two, times N = 3.
     np.testing.assert_allclose(arrays[0], total([0, 1])[0] * 1.5)
-    assert any("worker 2 is gone" in n for n in service.until(lambda: service.notices[0]))
+    service.until(lambda: any("worker 2 is gone" in n for n in service.notices[0]))
 
 
 @pytest.mark.parametrize(
@@ -174,35 +176,48 @@ def test_a_first_worker_that_cannot_be_is_refused(
     assert why in str(error.value)
 
 
-def test_a_worker_that_is_there_is_refused(serve: Serve) -> None:
+def test_a_worker_that_is_there_is_refused(serve: Serve, heard_of: set[int]) -> None:
+    heard_of |= {0, 1}
     service = serve(2, detection_seconds=0.3)
     first, second = service.sessions()
     with pytest.raises(ServiceError, match="ALREADY_EXISTS.*worker=1, which is connected"):
         service.session(1)
     second.close()
-    service.until(lambda: service.notices[0])
+    service.until(lambda: any("worker 1 is gone" in n for n in service.notices[0]))
     first.send(0, 0, way(), values(0))
     assert receive(first)[1] == (4, 4)
 
 
 @pytest.mark.parametrize("listens", [False, True])
-def test_an_address_without_service_is_an_error_in_time(serve: Serve, listens: bool) -> None:
-    service = serve(1)
-    with socket.create_server(("127.0.0.1", 0)) as other:
+def test_an_address_without_service_is_an_error_in_time(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, listens: bool
+) -> None:
+    service, connect = serve(1), link.Connection
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if listens:
+            other.listen()
         address = f"127.0.0.1:{other.getsockname()[1]}"
-        if not listens:
-            other.close()
+
+        def connect_or_hurry(to: str, *args: object) -> Connection:
+            *callbacks, seconds, credentials = args[:4]
+            # The service that is there may need all of its time on a busy machine.
+            seconds /= 60 if to == address else 1
+            return connect(to, *callbacks, seconds, credentials, *args[4:])
+
+        monkeypatch.setattr(link, "Connection", connect_or_hurry)
         addresses = (*service.config.addresses, address)
         started = time.monotonic()
         with pytest.raises(AggregatorUnreachableError, match=f"{address} within 0.5 s"):
-            service.session(0, addresses=addresses, connect_timeout_seconds=0.5)
-    assert 0.4 < time.monotonic() - started < 5
+            service.session(0, addresses=addresses, connect_timeout_seconds=30.0)
+    assert 0.4 < time.monotonic() - started < 25
     service.until(lambda: not service.servers[0].job.in_progress)
 
 
 def test_a_service_that_goes_away_is_an_error_that_names_it(serve: Serve) -> None:
-    service = serve(2, connect_timeout_seconds=1.0)
+    service = serve(2)
     session, _ = service.sessions()
+    service.be_impatient(connect_timeout_seconds=1.0)
     threading.Timer(0.1, service.servers[0].close, (0,)).start()
     with pytest.raises(ServiceError, match=service.config.addresses[0]):
         receive(session)
@@ -224,7 +239,7 @@ def test_waits_have_a_deadline(serve: Serve) -> None:
         started = time.monotonic()
         with pytest.raises(WaitTimeoutError, match="Worker 0 waited 0.2 s for"):
             wait()
-        assert 0.1 < time.monotonic() - started < 5
+        assert 0.1 < time.monotonic() - started < 20
 
 
 def test_cancel_wakes_a_wait_and_ends_later_ones(serve: Serve) -> None:
@@ -234,7 +249,7 @@ def test_cancel_wakes_a_wait_and_ends_later_ones(serve: Serve) -> None:
     for _ in range(2):
         with pytest.raises(KeyError, match="mine"):
             receive(session)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     session.cancel(ValueError("too late"))
     with pytest.raises(KeyError):
         session.exchanges_of(0)
@@ -273,7 +288,7 @@ def test_the_job_is_over_where_the_shortest_program_ended(
     for worker in {0, 1, 2} - dict(ends).keys():
         sessions[worker].goodbye(pb.FAILED, 1)
     # What was said before has arrived when this has.
-    assert sessions[0].wait_all_gone(10, lambda: None)
+    assert sessions[0].wait_all_gone(30, lambda: None)
     assert sessions[0].job_over_at() == over_at
 
 
@@ -299,4 +314,4 @@ def test_an_exchange_that_a_run_did_not_have_is_an_error_at_once(serve: Serve, s
         ServiceError, match="same exchanges in a run.* 1 of them in run 0.*worker 1"
     ):
         receive(second, exchange=1)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20

@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tf_syncdist.aggregation import membership, relays
+from tf_syncdist.aggregation import membership, recovery, relays
 from tf_syncdist.aggregation.rounds import Fate
 from tf_syncdist.errors import ModelMismatchError, ServiceError, SyncDistError, WaitTimeoutError
 from tf_syncdist.propagation.slices import TensorSpec, plan
@@ -27,12 +27,12 @@ def do_run(session: Session, run: int, fate: Fate = Fate.CONTRIBUTED) -> bool:
     return found is not None
 
 
-def behind(serve: Serve, num_workers: int = 2, **config: float) -> tuple:
+def behind(serve: Serve, num_workers: int = 2) -> tuple:
     """A job without history whose worker 0 has done 9 runs and the others have done one.
 
     Runs 1 to 3 were sent to the others before they were gone, so run 4 is the first they lack.
     """
-    service = serve(num_workers, b=num_workers - 1, history_rounds=1, history_bytes=0, **config)
+    service = serve(num_workers, b=num_workers - 1, history_rounds=1, history_bytes=0)
     sessions = service.sessions()
     for run in range(9):
         assert do_run(sessions[0], run)
@@ -131,7 +131,7 @@ def test_workers_learn_that_worker_0_is_lost_before_it_gave_its_variables(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(membership, "AWAY_SECONDS", 0.3)
-    service = serve(3, timeout_seconds=3)
+    service = serve(3)
     first, *others = service.sessions()
     service.together(*(functools.partial(s.agree, 0, MODEL) for s in (first, *others)))
     first.close()
@@ -142,8 +142,9 @@ def test_workers_learn_that_worker_0_is_lost_before_it_gave_its_variables(
 
 
 def test_who_has_not_begun_when_the_service_is_lost_takes_over_the_state_of_worker_0(
-    serve: Serve,
+    serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(recovery, "GRACE_SECONDS", 30.0)  # All are to come back.
     service = serve(3)
     first, *others = service.sessions()
     service.together(*(functools.partial(s.agree, 0, MODEL) for s in (first, *others)))
@@ -230,7 +231,8 @@ def test_a_worker_that_is_not_behind_gets_no_state(
 
 
 def test_state_that_nobody_asked_for_goes_nowhere(serve: Serve) -> None:
-    _, (giver, receiver) = behind(serve, timeout_seconds=0.5)
+    service, (giver, receiver) = behind(serve)
+    service.be_impatient(timeout_seconds=0.5)
     giver.give_state(77, 9, state())
     with pytest.raises(WaitTimeoutError):
         receiver.receive_state(MODEL)
@@ -267,7 +269,7 @@ def test_a_receiver_is_told_when_the_only_possible_giver_is_lost(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(relays, "_NOBODY_SECONDS", 0.3)
-    service, (giver, receiver) = behind(serve, timeout_seconds=3)
+    service, (giver, receiver) = behind(serve)
     receiver.request_state(4)
     service.until(giver.take_state_requests)
     giver.close()
@@ -280,7 +282,7 @@ def test_others_go_on_when_the_only_possible_giver_is_lost(serve: Serve) -> None
     receiver.request_state(4)
     service.until(giver.take_state_requests)
     giver.close()
-    service.until(lambda: any("worker 0 is gone" in n for n in service.notices[2]), seconds=3)
+    service.until(lambda: any("worker 0 is gone" in n for n in service.notices[2]))
     receiver.close()
     third.resume(9, 5)
     assert do_run(third, 9)

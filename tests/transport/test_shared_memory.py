@@ -14,6 +14,7 @@ from tf_syncdist.aggregation.rounds import Fate
 from tf_syncdist.errors import ServiceError
 from tf_syncdist.propagation.slices import TensorSpec, plan
 from tf_syncdist.proto import tf_syncdist_pb2 as pb
+from tf_syncdist.transport import link
 from tf_syncdist.transport import memory as worker_memory
 from tf_syncdist.transport.segments import Segment, SegmentError
 from tf_syncdist.transport.session import Session
@@ -62,6 +63,8 @@ def same(arrays: list[np.ndarray], others: list[np.ndarray]) -> bool:
 def in_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, int]]:
     """Counts what is read from shared memory, by the service and by workers."""
     counts = {"service": 0, "worker": 0}
+    # However slow the machine is, memory is used as soon as there is an answer.
+    monkeypatch.setattr(link, "_ANSWER_SECONDS", 30.0)
 
     def counted(name: str, read: Callable) -> Callable:
         def wrapped(*args: object) -> object:

@@ -29,6 +29,8 @@ if "priority" in ARGUMENTS:
     PATIENCE["propagation"] = PriorityPropagation(**ARGUMENTS["priority"])
 # Who looks at variables makes an update that waits.
 _NOTE_EVERY = ARGUMENTS.get("note_every", 1)
+# A job is not over before its faults have happened, however slowly they are made to happen.
+LAST = ARGUMENTS.get("rounds", ARGUMENTS.get("steps", 0) * ARGUMENTS.get("epochs", 1)) - 10
 
 
 class Trace:
@@ -48,6 +50,8 @@ class Trace:
     def note(self) -> None:
         """Adds a line, perhaps not after every run."""
         rounds = int(self._optimizer.iterations.numpy())
+        if rounds >= LAST:
+            hold("over")
         if rounds % _NOTE_EVERY:
             return
         sha256 = tf_syncdist.variables_sha256([*self._variables, *self._optimizer.variables])
@@ -108,9 +112,18 @@ def model_and_optimizer(strategy: tf_syncdist.SyncReplicasStrategy) -> tuple:
 def wait_for(life: str, runs: int) -> None:
     """Waits until another worker has done so many runs."""
     trace = Path(_LIFE).parent / f"{life}.trace"
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not trace.exists() or trace.read_text().count("\n") < runs:
         assert time.monotonic() < deadline, f"{life} has not done {runs} runs"
+        time.sleep(0.01)
+
+
+def hold(name: str) -> None:
+    """Waits until a file is there, and where it is a trace has a line, or for being killed."""
+    deadline = time.monotonic() + 100
+    path = Path(_LIFE).parent / name
+    while not path.exists() or (path.suffix == ".trace" and not path.read_text()):
+        assert time.monotonic() < deadline, f"{name} is not there"
         time.sleep(0.01)
 
 

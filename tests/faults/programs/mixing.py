@@ -57,6 +57,7 @@ def main() -> None:
     def step() -> tf.Tensor:
         return strategy.run(replica_step)
 
+    holds = ARGUMENTS["holds"].get(Path(LIFE).name, {})
     with open(f"{LIFE}.trace", "a", buffering=1) as trace:
         number = 0
         while not is_done(number):
@@ -66,6 +67,8 @@ def main() -> None:
             # The first one is traced, and waits for others to begin.
             took = time.monotonic() - begun if number > 1 else 0.0
             trace.write(f"{number} {before} {took}\n")
+            if str(number) in holds:
+                member.hold(holds[str(number)])
             time.sleep(ARGUMENTS["step_seconds"])
     strategy.synchronize()
     end = float(value.numpy()[0])

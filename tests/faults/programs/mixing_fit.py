@@ -30,6 +30,11 @@ class Note(keras.callbacks.Callback):
         if self._runs == ARGUMENTS["killed_at"] and Path(LIFE).name == ARGUMENTS["killed"]:
             member.wait_for(ARGUMENTS["stays"], ARGUMENTS["killed_at"])
         self._file.write(f"{self._runs} {logs['loss']}\n")
+        if self._runs == ARGUMENTS["killed_at"] and Path(LIFE).name == ARGUMENTS["killed"]:
+            member.hold("its end")
+        if self._runs == ARGUMENTS["held_at"] and Path(LIFE).name == ARGUMENTS["stays"]:
+            # Whoever comes again does not find that all is over.
+            member.wait_for(ARGUMENTS["comes_again"], 1)
         time.sleep(ARGUMENTS["step_seconds"])
 
 

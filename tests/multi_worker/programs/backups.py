@@ -18,7 +18,7 @@ EPOCHS = 4
 arguments = task.ARGUMENTS
 backup_workers = arguments["backup_workers"]
 strategy = tf_syncdist.SyncReplicasStrategy(
-    backup_workers, deterministic=not backup_workers, **task.PATIENCE
+    backup_workers, deterministic=not backup_workers, **task.patience(backup_workers)
 )
 worker = strategy.worker_index
 directory = pathlib.Path(arguments["directory"])
@@ -42,7 +42,7 @@ class Killed(keras.callbacks.Callback):
         if (self.epoch, batch) != self.at:
             return
         (directory / f"dead-{worker}").touch()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 100
         while not worker and len(list(directory.glob("dead-*"))) < strategy.num_workers:
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -53,13 +53,18 @@ class Spoils(keras.layers.Layer):
         return inputs + tf.stop_gradient(found - inputs)
 
 
-def build(*extra: keras.layers.Layer, steps_per_execution: int = 1, rate: float = 0.05) -> Any:
+def build(
+    *extra: keras.layers.Layer,
+    steps_per_execution: int = 1,
+    rate: float = 0.05,
+    slow: keras.layers.Layer | None = None,
+) -> Any:
     with strategy.scope():
         model = keras.Sequential(
             [
                 keras.Input((6,)),
                 keras.layers.Dense(8, activation="tanh"),
-                task.Pause(pause),
+                slow or task.Pause(pause),
                 *extra,
                 keras.layers.Dense(2),
             ]
@@ -123,14 +128,18 @@ def early() -> None:
 
 
 def not_a_number() -> None:
-    # The inputs of one worker only; not those of a slow one, which nobody would ever use.
+    # The inputs of one worker only; not those of a slow one, which nobody would ever use. From the
+    # fifth run on all rounds are the other one's.
+    def slow() -> keras.layers.Layer:
+        return task.FallsBehind(pause, strategy, always=True)
+
     own = x.copy()
     if worker == (0 if task.ARGUMENTS["backup_workers"] else 1):
         own[BATCH_SIZE * 4 :] = np.nan
-    model = build()
+    model = build(slow=slow())
     results["nan_data"] = fit(model, keras.callbacks.TerminateOnNaN(), x=own)
     spoils = [Spoils(after=5)] if worker == 0 else [keras.layers.Identity()]
-    model = build(*spoils)
+    model = build(*spoils, slow=slow())
     results["nan_layer"] = fit(model, keras.callbacks.TerminateOnNaN())
     model = build()
     results["after_nan"] = fit(model, keras.callbacks.TerminateOnNaN(), epochs=1)

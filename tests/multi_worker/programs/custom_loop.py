@@ -14,7 +14,7 @@ import tf_syncdist
 BATCH_SIZE = 32
 STEPS = 30
 
-strategy = tf_syncdist.SyncReplicasStrategy(backup_workers=1, **task.PATIENCE)
+strategy = tf_syncdist.SyncReplicasStrategy(backup_workers=1, **task.patience(1))
 slow = strategy.worker_index == task.ARGUMENTS["slow"]
 contexts: list[tf.distribute.InputContext] = []
 
@@ -48,11 +48,12 @@ class Loop:
             self.optimizer.build(self.model.trainable_variables)
             self.accuracy = keras.metrics.SparseCategoricalAccuracy()
             self.loss = keras.metrics.Mean()
+            self.pause = task.FallsBehind(0.2 if slow else 0.0, strategy)
         self.losses = keras.losses.SparseCategoricalCrossentropy(from_logits=True, reduction=None)
 
     def replica_step(self, x: tf.Tensor, y: tf.Tensor) -> dict[str, tf.Tensor]:
         with tf.GradientTape() as tape:
-            logits = self.model(task.slowly(x, 0.2 if slow else 0.0), training=True)
+            logits = self.model(self.pause(x, training=True), training=True)
             losses = self.losses(y, logits)
             loss = tf.nn.compute_average_loss(losses, global_batch_size=BATCH_SIZE)
         gradients = tape.gradient(loss, self.model.trainable_variables)

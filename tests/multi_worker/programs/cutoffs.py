@@ -33,6 +33,20 @@ class Regimes(keras.layers.Layer):
         return task.after(inputs, self._wait) if training else inputs
 
 
+class Together(keras.callbacks.Callback):
+    """Lets nobody be more than some rounds behind, so that a stalled worker has its turns, too."""
+
+    def __init__(self, strategy: tf_syncdist.SyncReplicasStrategy) -> None:
+        super().__init__()
+        self._strategy = strategy
+        self._batches = 0
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        if self._batches % 10 == 0:
+            task.meet(self._strategy, f"together_{self._batches}")
+        self._batches += 1
+
+
 def main() -> None:
     arguments = task.ARGUMENTS
     policy = getattr(cutoff, arguments["policy"])(**arguments["config"])
@@ -53,7 +67,14 @@ def main() -> None:
         model = keras.Sequential(layers)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(keras.optimizers.Adam(3e-3), loss, metrics=["accuracy"])
-    history = model.fit(x, y, batch_size=BATCH_SIZE, epochs=arguments["epochs"], verbose=0)
+    history = model.fit(
+        x,
+        y,
+        batch_size=BATCH_SIZE,
+        epochs=arguments["epochs"],
+        verbose=0,
+        callbacks=[Together(strategy)],
+    )
     told = task.counts(strategy)
     report = strategy.report()
     results = {

@@ -44,7 +44,7 @@ def classifier(
     dropout: float = 0.0, normalise: bool = False, policy: str = "float32"
 ) -> keras.Model:
     layers = [keras.Input((8,)), keras.layers.Dense(16, activation="tanh", dtype=policy)]
-    layers += [task.Pause(pause, dtype=policy)]
+    layers += [task.FallsBehind(pause, strategy, dtype=policy)]
     layers += [keras.layers.BatchNormalization()] if normalise else []
     layers += [keras.layers.Dropout(dropout)] if dropout else []
     return keras.Sequential([*layers, keras.layers.Dense(4, dtype="float32")])

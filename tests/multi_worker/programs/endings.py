@@ -17,7 +17,8 @@ FEATURES = 4
 
 arguments = task.ARGUMENTS
 strategy = tf_syncdist.SyncReplicasStrategy(
-    backup_workers=arguments["backup_workers"], **task.PATIENCE
+    backup_workers=arguments["backup_workers"],
+    **task.patience(arguments["backup_workers"]),
 )
 worker = strategy.worker_index
 pause = arguments["pause_seconds"] if worker == arguments["slow"] else 0.0
@@ -178,12 +179,28 @@ def with_policy(dataset: tf.data.Dataset, name: str) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
+def wait_for_reads(directory: pathlib.Path, count: int) -> None:
+    """Waits until worker 0 has read so many batches, or all."""
+    deadline = time.monotonic() + 100
+    while not (directory / f"read-{min(count, 60)}").exists():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"worker 0 has not read {count} batches within 100 s")
+        time.sleep(0.02)
+
+
 def slow_to_read() -> tf.data.Dataset:
+    directory = pathlib.Path(arguments["directory"])
+
     def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for number in range(20):
             if worker == arguments["slow"]:
                 time.sleep(arguments["read_seconds"])
+                # The first batches of a pass come before all have begun it.
+                if arguments["read_seconds"] and number > 2:
+                    wait_for_reads(directory, 3 * len(read))
             read.append(number)
+            if not worker:
+                (directory / f"read-{len(read)}").touch()
             rows = features[number * BATCH_SIZE : (number + 1) * BATCH_SIZE]
             yield rows, rows[:, :1]
 

@@ -32,15 +32,23 @@ number = arguments["signal"]
 SEND = """
 import json, os, pathlib, sys, time
 pid, number, path = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
-time.sleep(1.0)
-started = time.monotonic()
-os.kill(pid, number)
+
+def state():
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
 
 def lives():
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return state() != "Z"
+
+# Who waits sleeps; who has had no turn yet, and is not in its state, does not.
+asleep, polls = 0, 0
+while asleep < 50 and polls < int(sys.argv[4]):
+    time.sleep(0.02)
+    polls, asleep = polls + 1, asleep + 1 if state() == "S" else 0
+started = time.monotonic()
+os.kill(pid, number)
 
 while lives() and time.monotonic() - started < 60:
     time.sleep(0.01)
@@ -54,11 +62,16 @@ def seconds_of(victim: int) -> pathlib.Path:
     return directory / f"signal-{victim}.json"
 
 
-def signal_me(victim: int) -> None:
-    """Has a signal sent to this process, which is the victim, in a second."""
-    path = str(seconds_of(victim))
+def signal_me(victim: int, computes: bool = False) -> None:
+    """Has a signal sent to this process, which is the victim, when it has waited for a second.
+
+    Args:
+        victim: This worker.
+        computes: Whether it does not wait, so that the signal is sent in a second.
+    """
+    path, polls = str(seconds_of(victim)), "50" if computes else "1000"
     subprocess.Popen(
-        [sys.executable, "-S", "-c", SEND, str(os.getpid()), str(number), path],
+        [sys.executable, "-S", "-c", SEND, str(os.getpid()), str(number), path, polls],
         start_new_session=True,
     )
 
@@ -74,7 +87,9 @@ def until_gone(victim: int, seconds: float = 90.0) -> None:
 if arguments.get("connect"):
     # Nobody serves at the address.
     signal_me(1)
-strategy = tf_syncdist.SyncReplicasStrategy(**(task.PATIENCE | arguments.get("strategy", {})))
+strategy = tf_syncdist.SyncReplicasStrategy(**task.PATIENCE)
+if "wait_less" in arguments:
+    task.wait_less(strategy, arguments["wait_less"])
 worker = strategy.worker_index
 BATCH_SIZE = 2 * strategy.num_workers
 x = np.random.RandomState(0).randn(BATCH_SIZE * STEPS, 3).astype("float32")
@@ -115,7 +130,7 @@ def step(victim: int) -> None:
 def evaluate(victim: int) -> None:
     """Inside of evaluate and predict, while the others wait for it."""
     if worker == victim:
-        signal_me(victim)
+        signal_me(victim, computes=True)
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
             model.evaluate(x, y, verbose=0)
@@ -126,11 +141,15 @@ def evaluate(victim: int) -> None:
 def native(victim: int) -> None:
     """In a computation of which Python knows nothing."""
     if worker == victim:
-        signal_me(victim)
+
+        def begin() -> None:
+            # Not before: tracing is Python's.
+            signal_me(victim)
+            time.sleep(90.0)
 
         @tf.function
         def computes() -> tf.Tensor:
-            return task.slowly(tf.constant(0), 90.0)
+            return task.after(tf.constant(0), begin)
 
         computes()
     fit()

@@ -38,7 +38,7 @@ me = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
 if "partners" in options:
     options["partners"] = options["partners"][me]
 strategy = STRATEGIES[ARGUMENTS["kind"]](
-    connect_timeout_seconds=100.0, timeout_seconds=150.0, **options
+    connect_timeout_seconds=100.0, timeout_seconds=150.0, detection_seconds=60.0, **options
 )
 num_workers = strategy.num_workers
 
@@ -380,6 +380,22 @@ def custom_loops() -> dict[str, Any]:
 # A slow worker.
 
 
+class StandsStill(task.Pause):
+    """Takes its time, and after the first call until the others are done, however long that is."""
+
+    def _wait(self) -> None:
+        time.sleep(self.seconds)
+        deadline = time.monotonic() + 100
+        begun = len(list(DIRECTORY.glob("pace.[0-9]*"))) == num_workers
+        while begun and len(list(DIRECTORY.glob("pace.done.*"))) < num_workers - 1:
+            if time.monotonic() > deadline:
+                raise TimeoutError("the others were not done within 100 s; they wait for this one")
+            time.sleep(0.02)
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        return task.after(inputs, self._wait) if training else inputs
+
+
 class Pace(keras.callbacks.Callback):
     """Counts this worker's runs until all others are done."""
 
@@ -402,7 +418,11 @@ def straggler() -> dict[str, Any]:
     x, y = examples(3, 8 * 30 * num_workers)
     with strategy.scope():
         model = keras.Sequential(
-            [keras.Input((16,)), task.Pause(0.2 if slow else 0.02), keras.layers.Dense(4)]
+            [
+                keras.Input((16,)),
+                StandsStill(0.2) if slow else task.Pause(0.02),
+                keras.layers.Dense(4),
+            ]
         )
         model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     pace = Pace(slow)

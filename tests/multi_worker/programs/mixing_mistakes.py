@@ -95,7 +95,7 @@ def stranger(strategy: Any) -> dict[str, Any]:
     for token in ("wrong", TOKEN["token"]):
         notices: list[str] = []
         credentials = Credentials(token=token)
-        with Partners(1, seed, 5.0, credentials, notices.append) as partners:
+        with Partners(1, seed, 30.0, credentials, notices.append) as partners:
             partners.update({0: live[0]})
             found["wrong" if token == "wrong" else "right"] = {
                 "greeted": partners.greet(0) is not None,

@@ -93,10 +93,12 @@ def train(strategy: Any, number: int, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    ends = task.ARGUMENTS["nonfinite"] == "error"
     strategy = tf_syncdist.SyncReplicasStrategy(
         backup_workers=task.ARGUMENTS["backup_workers"],
         nonfinite=task.ARGUMENTS["nonfinite"],
-        **task.PATIENCE,
+        # Those that are left when one has ended go on.
+        **task.patience(1 if ends else task.ARGUMENTS["backup_workers"]),
     )
     results: dict[str, Any] = {}
     for number, (name, case) in enumerate(cases().items()):

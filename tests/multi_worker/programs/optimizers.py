@@ -38,14 +38,14 @@ class Capped(keras.constraints.Constraint):
         return keras.ops.clip(w, -0.3, 0.3)
 
 
-def build(case: dict[str, Any], pause: float) -> keras.Model:
+def build(case: dict[str, Any], strategy: Any, pause: float) -> keras.Model:
     constraint = Capped() if case.get("constrained") else None
     inputs = keras.Input((6,))
     hidden = inputs
     if case.get("words"):
         hidden = keras.layers.Flatten()(keras.layers.Embedding(WORDS, 3)(inputs))
     hidden = keras.layers.Dense(8, activation="tanh", kernel_constraint=constraint)(hidden)
-    hidden = task.Pause(pause)(hidden)
+    hidden = task.FallsBehind(pause, strategy)(hidden)
     hidden = keras.layers.Dense(4, activation="tanh")(hidden)
     return keras.Model(inputs, keras.layers.Dense(3, dtype="float32")(hidden))
 
@@ -158,7 +158,7 @@ def train(
     keras.utils.set_random_seed(number)
     with strategy.scope() if strategy else contextlib.nullcontext():
         keras.config.set_dtype_policy(case.get("policy", "float32"))
-        model = build(case, pause)
+        model = build(case, strategy, pause)
         keras.config.set_dtype_policy("float32")
         model.compile(case["optimizer"](), "mse", run_eagerly=case.get("eager", False))
     if not strategy:

@@ -143,7 +143,8 @@ def train(strategy: Any, number: int, case: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     strategy = tf_syncdist.SyncReplicasStrategy(
-        backup_workers=task.ARGUMENTS["backup_workers"], **task.PATIENCE
+        backup_workers=task.ARGUMENTS["backup_workers"],
+        **task.patience(task.ARGUMENTS["backup_workers"]),
     )
     results = {}
     for number, (name, case) in enumerate(cases().items()):

@@ -69,19 +69,25 @@ def dense(units: int = 8) -> keras.layers.Layer:
 
 def classic() -> keras.Model:
     inputs = keras.Input((6,))
-    hidden = task.Pause(pause)(dense()(inputs))
+    hidden = task.FallsBehind(pause, strategy)(dense()(inputs))
     return keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Dropout(0.1)(hidden)))
 
 
 def normalised() -> keras.Model:
-    layers = [dense(), task.Pause(pause), keras.layers.BatchNormalization(momentum=0.8)]
+    layers = [
+        dense(),
+        task.FallsBehind(pause, strategy),
+        keras.layers.BatchNormalization(momentum=0.8),
+    ]
     return keras.Sequential([keras.Input((6,)), *layers, keras.layers.Dense(3)])
 
 
 def embedded() -> keras.Model:
     inputs = keras.Input((6,))
     hidden = keras.layers.Flatten()(keras.layers.Embedding(WORDS, 3)(inputs))
-    return keras.Model(inputs, keras.layers.Dense(3)(task.Pause(pause)(dense()(hidden))))
+    return keras.Model(
+        inputs, keras.layers.Dense(3)(task.FallsBehind(pause, strategy)(dense()(hidden)))
+    )
 
 
 class Unordered(keras.Model):
@@ -96,7 +102,7 @@ class Unordered(keras.Model):
             layer.name = name
             # So their variables come in this order as well.
             layer.build((None, units))
-        self.rest = task.Pause(pause)
+        self.rest = task.FallsBehind(pause, strategy)
         self.built = True
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
@@ -111,7 +117,7 @@ class Adversaries(keras.Model):
         super().__init__()
         self.one = keras.Sequential([keras.Input((6,)), dense(), keras.layers.Dense(3)])
         self.other = keras.Sequential([keras.Input((3,)), dense(), keras.layers.Dense(1)])
-        self.rest = task.Pause(pause)
+        self.rest = task.FallsBehind(pause, strategy)
         self.other_optimizer = sgd()
         self.built = True
 

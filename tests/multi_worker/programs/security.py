@@ -9,7 +9,7 @@ import tf_syncdist
 
 def main() -> None:
     options = task.ARGUMENTS["options"]
-    strategy = tf_syncdist.SyncReplicasStrategy(**options, **task.PATIENCE)
+    strategy = tf_syncdist.SyncReplicasStrategy(**options, **task.patience())
     keras.utils.set_random_seed(strategy.worker_index)
     x = np.random.RandomState(1).randn(320, 16).astype("float32")
     y = x[:, :4].argmax(1)

@@ -45,6 +45,12 @@ def meet(strategy: tf_syncdist.SyncReplicasStrategy, place: str, seconds: float 
         time.sleep(0.02)
 
 
+def wait_less(strategy: tf_syncdist.SyncReplicasStrategy, seconds: float) -> None:
+    """Lets a worker wait for so long for a service that went away; for its start it had longer."""
+    session = strategy._member.session
+    session.config = session.config._replace(connect_timeout_seconds=seconds)
+
+
 def after(value: tf.Tensor, wait: Callable[[], None]) -> tf.Tensor:
     """Returns a tensor as it is, after a call out of the graph."""
 
@@ -72,10 +78,52 @@ class Pause(keras.layers.Layer):
         return slowly(inputs, self.seconds) if training else inputs
 
 
+def fall_behind(strategy: tf_syncdist.SyncReplicasStrategy, rounds: int = 2) -> None:
+    """Waits until the job has done so many rounds more than this worker, however slowly."""
+    over = strategy.local_report().rounds + rounds
+    deadline = time.monotonic() + 100
+    while strategy.report().rounds < over:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"the others have not done {over} rounds within 100 s")
+        time.sleep(0.01)
+
+
+class FallsBehind(Pause):
+    """Takes its time in training, and is late for certain, however busy the machine is.
+
+    Args:
+        seconds: How long each call takes; with 0 a worker is not slow at all.
+        strategy: Tells what the job has done.
+        always: Whether from the fifth call on, by which all have begun, every round is the others'.
+            Otherwise the fifth call makes it late for two, if it has not been so late before.
+    """
+
+    def __init__(self, seconds: float, strategy: Any, always: bool = False, **kwargs: Any) -> None:
+        super().__init__(seconds, **kwargs)
+        self._job = strategy
+        self._always = always
+        self._calls = 0
+        self._replayed = 0
+
+    def _wait(self) -> None:
+        self._calls += 1
+        time.sleep(self.seconds)
+        replayed = self._job.local_report().replayed
+        if self._calls == 1:
+            self._replayed = replayed
+        if self._always and self._calls >= 5:
+            fall_behind(self._job, 1)
+        elif self._calls == 5 and replayed == self._replayed:
+            fall_behind(self._job)
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        return after(inputs, self._wait) if training and self.seconds else inputs
+
+
 def counts(strategy: tf_syncdist.SyncReplicasStrategy) -> dict[str, Any]:
     """Returns this worker's own counts and, as soon as all of it has arrived, the job's report."""
     meet(strategy, "report")
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while True:
         report = strategy.report()
         arrived = [w.contributed + w.late + w.replayed for w in report.workers]

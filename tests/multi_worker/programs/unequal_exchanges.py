@@ -6,9 +6,9 @@ import tensorflow as tf
 
 import tf_syncdist
 
-# A service that has gone with worker 0 is waited for as long.
-patience = task.PATIENCE | {"connect_timeout_seconds": 25.0}
-strategy = tf_syncdist.SyncReplicasStrategy(**patience)
+strategy = tf_syncdist.SyncReplicasStrategy(**task.PATIENCE)
+# For the service that has gone with worker 0.
+task.wait_less(strategy, 25.0)
 twice = strategy.worker_index == task.ARGUMENTS["twice"]
 with strategy.scope():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])

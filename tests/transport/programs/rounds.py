@@ -69,10 +69,12 @@ def main(address: str, worker: str, workers: str, how: str = "") -> None:
         transport="auto",
         history_rounds=1,
         history_bytes=0,
-        connect_timeout_seconds=3.0,
-        timeout_seconds=10.0,
+        connect_timeout_seconds=30.0,
+        timeout_seconds=60.0,
     )
     session = Session(config, lambda text: print(f"notice {text}", flush=True))
+    # A service that is killed is given up soon; until it has come it may take its time.
+    session.config = config._replace(connect_timeout_seconds=3.0)
     way = plan([TensorSpec("float32", (ELEMENTS,))], 2**20, 1)
     if how == "dies":
         memory.Lending.answered = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
