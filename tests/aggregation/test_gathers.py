@@ -46,10 +46,11 @@ class Job:
             num_workers, policy, lambda worker: self.at[worker], lambda: self.there
         )
 
-    def come(self, worker: int, run: int) -> tuple[bool, list[GatherClosed]]:
+    def come(self, worker: int, run: int, empty: bool = False) -> tuple[bool, list[GatherClosed]]:
         """Lets a worker that has done `run` runs take part; returns what comes of it."""
         self.at[worker] = run
-        return self.gathers.contribute(worker, key(run), part(run), 0.0), self.gathers.close(0.0)
+        said = part(run)._replace(empty=empty)
+        return self.gathers.contribute(worker, key(run), said, 0.0), self.gathers.close(0.0)
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
@@ -58,6 +59,22 @@ def test_the_first_n_are_in_and_the_late_one_is_not(order: tuple[int, ...]) -> N
     assert job.come(order[0], 5) == (True, [])
     assert job.come(order[1], 5) == (True, [gathered(5, order[:2])])
     assert job.come(order[2], 5) == (False, [])
+
+
+def test_those_that_have_nothing_to_add_wait_for_those_that_may_have() -> None:
+    job = Job(3, BackupWorkers(2))
+    assert job.come(1, 5, empty=True) == (True, [])
+    assert job.come(2, 5, empty=True) == (True, [])
+    job.there = {1, 2}
+    assert job.gathers.close(0.0) == [gathered(5, (1, 2))]
+    assert job.come(2, 7, empty=True) == (True, [])
+    job.at[1] = 8
+    assert job.gathers.close(0.0) == [gathered(7, (2,))]
+    # The first one that has is enough, if so many are.
+    job = Job(3, BackupWorkers(1))
+    assert job.come(2, 5, empty=True) == (True, [])
+    assert job.come(1, 5, empty=True) == (True, [])
+    assert job.come(0, 5) == (True, [gathered(5, (2, 1, 0))])
 
 
 def test_a_second_message_of_a_worker_is_not_added() -> None:

@@ -56,6 +56,22 @@ def test_who_is_late_gets_the_metrics_of_the_others(serve: Serve) -> None:
     assert metrics(slow, 0, one * 100).tolist() == [2, 2]
 
 
+def test_who_has_none_and_comes_first_gets_the_metrics_of_the_others(serve: Serve) -> None:
+    """A straggler that has replayed all rounds of an epoch may be the first to end it."""
+    service = serve(2, b=1)
+    busy, idle = service.sessions()
+    gathers_there = service.servers[0].job._gathers
+
+    def come_first() -> np.ndarray:
+        return idle.gather(pb.METRICS, 0, 0, 5, np.zeros(2), empty=True).values
+
+    def come() -> np.ndarray:
+        service.until(lambda: gathers_there.waiting)
+        return metrics(busy, 0, np.ones(2))
+
+    assert [r.tolist() for r in service.together(come_first, come)] == [[1, 1]] * 2
+
+
 def test_nobody_waits_for_the_metrics_of_a_worker_that_goes_on_or_leaves(serve: Serve) -> None:
     service = serve(3)
     first, second, leaver = service.sessions()

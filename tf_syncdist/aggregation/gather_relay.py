@@ -65,7 +65,14 @@ class GatherRelay:
             )
         values = np.frombuffer(payload, "<f8")
         key = GatherKey(message.kind, message.serial)
-        part = Part(message.run, message.layout, values.size, tuple(message.hashes), message.stop)
+        part = Part(
+            message.run,
+            message.layout,
+            values.size,
+            tuple(message.hashes),
+            message.stop,
+            message.empty,
+        )
         if key not in self._results:
             # Without a result to give, it is better alone in it than waiting for ever.
             self._gathers.drop(key)

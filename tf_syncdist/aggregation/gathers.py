@@ -40,6 +40,7 @@ class Part(NamedTuple):
         elements: How many they are.
         hashes: Of the common variables, or none.
         stop: Whether the worker wishes that training stops.
+        empty: Whether it has nothing to add.
     """
 
     run: int
@@ -47,6 +48,7 @@ class Part(NamedTuple):
     elements: int
     hashes: tuple[int, ...] = ()
     stop: bool = False
+    empty: bool = False
 
 
 # Stands for what the first worker said where only the result is known.
@@ -79,6 +81,8 @@ class _Gather:
         self.run = part.run
         self.opened_at = now
         self.contributors: list[int] = []
+        # Whether any of them has something to add.
+        self.filled = False
         self.hashes: tuple[int, ...] = ()
         self.stop = False
         self.closed = False
@@ -86,6 +90,7 @@ class _Gather:
 
     def add(self, worker: int, part: Part) -> None:
         self.contributors.append(worker)
+        self.filled = self.filled or not part.empty
         self.run = max(self.run, part.run)
         self.stop = self.stop or part.stop
         if worker == min(self.contributors):
@@ -163,6 +168,10 @@ class Gathers:
             to_come = {w for w in self._awaited() if self._begun(w) <= gather.run}
             to_come -= set(gather.contributors)
             if key.kind == START and 0 in to_come:
+                continue
+            if to_come and not gather.filled:
+                # Else a straggler that has replayed all rounds would be alone in it: metrics of
+                # nothing, and statistics that stay as unlike as they are.
                 continue
             view = SliceView(
                 now=now,

@@ -166,7 +166,13 @@ class EpochExchange:
         names = [(v.name, v.shape.as_list(), v.aggregation.name) for v in (*metrics, *statistics)]
         prints = self._state.fingerprints(set(self._statistics))
         found = self._session.gather(
-            pb.METRICS, self._done, self._done, layout_of(names), mine, _named(prints)
+            pb.METRICS,
+            self._done,
+            self._done,
+            layout_of(names),
+            mine,
+            _named(prints),
+            empty=not weight,
         )
         self._compare(prints, found)
         (copies, weights), sums, means = _unpack(

@@ -52,6 +52,7 @@ class Gathering(Exchanging):
         values: np.ndarray = _NOTHING,
         hashes: Sequence[int] = (),
         stop: bool = False,
+        empty: bool = False,
     ) -> Gathered:
         """Takes part in a gather and waits for what comes of it.
 
@@ -64,12 +65,15 @@ class Gathering(Exchanging):
             hashes: Of names and values of the common variables, in turn, as unsigned 64-bit
                 integers; may be empty.
             stop: Whether this worker wishes that training stops.
+            empty: Whether it has nothing to add; it is not alone in it then, if others may come.
 
         Returns:
             A `Gathered`. If it was closed without this worker, that of the others.
         """
         name = pb.GatherKind.Name(kind).lower()
-        body = pb.Gather(kind=kind, serial=serial, run=run, layout=layout, hashes=hashes, stop=stop)
+        body = pb.Gather(
+            kind=kind, serial=serial, run=run, layout=layout, hashes=hashes, stop=stop, empty=empty
+        )
         vector = np.ascontiguousarray(values, "<f8")
         with self._changed:
             self._asked = (pb.ToAggregator(gather=body), memoryview(vector).cast("B"))
