@@ -30,7 +30,7 @@ _LINE_BYTES = 140
 _LIFE = "TF_SYNCDIST_TEST_LIFE"
 # Name of the file that is made when no more faults are to come; see `programs/member.py`.
 _CALM = "calm"
-# And of that which is made before, when all have happened; the last rounds wait for it.
+# And of that which is made before, when all have happened; the last rounds are slow before it.
 _OVER = "over"
 
 
@@ -372,8 +372,14 @@ class FaultyJob:
                 os.kill(pid, signal.SIGKILL)
         elif fault.action == STOP:
             _signal_group(life, signal.SIGSTOP)
-            (self._directory / f"{fault.task.replace(' ', '-')}.stopped").touch()
-            self._undo(fault, fault.seconds, lambda: _signal_group(life, signal.SIGCONT))
+            name = fault.task.replace(" ", "-")
+            (self._directory / f"{name}.stopped").touch()
+
+            def go_on() -> None:
+                _signal_group(life, signal.SIGCONT)
+                (self._directory / f"{name}.goes-on").touch()
+
+            self._undo(fault, fault.seconds, go_on)
         elif fault.action == CUT:
             self._cut(fault.task, True)
             self._undo(fault, fault.seconds, lambda: self._cut(fault.task, False))

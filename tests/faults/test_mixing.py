@@ -53,11 +53,12 @@ def holds(ps: tuple[int, ...]) -> dict[str, dict[int, str]]:
 HOLDS_OF_PARTNERS = {
     "worker-0.life-0": {
         25: "worker-2.stopped",
+        38: "worker-2.goes-on",
         60: "ps-0.life-1.log",
         100: "worker-1.life-1.trace",
         130: "its end",
     },
-    "worker-1.life-0": {25: "worker-2.stopped", 70: "its end"},
+    "worker-1.life-0": {25: "worker-2.stopped", 38: "worker-2.goes-on", 70: "its end"},
     "worker-2.life-0": {20: "worker-2.stopped"},
 }
 JOBS: dict[str, dict[str, Any]] = {
@@ -115,6 +116,8 @@ def test_who_comes_late_or_again_begins_where_the_others_are(jobs: Jobs, name: s
     late = values(job.lives[f"worker {LATE}"][0])
     # With the others' model of then, and not with its own.
     assert late[0] > 0.4 * LATE_BY
+    # To pull from a partner that stands still is half of the way to its model.
+    least = 0.45 if name == "gossip" else 0.7
     for life in lives(job):
         begun = values(life)
         is_late = life.task == f"worker {LATE}"
@@ -123,7 +126,7 @@ def test_who_comes_late_or_again_begins_where_the_others_are(jobs: Jobs, name: s
             assert begun[0] > 15, (life.task, begun[:3])
             # A service that was started again has the newest centre that a worker has received.
         for before, after in zip(begun, begun[1:], strict=False):
-            assert after > 0.7 * before - 3, (life.task, life.number, before, after)
+            assert after > least * before - 3, (life.task, life.number, before, after)
 
 
 def test_the_server_has_every_step_that_somebody_has_received(jobs: Jobs) -> None:

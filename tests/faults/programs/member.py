@@ -17,6 +17,8 @@ ARGUMENTS: dict[str, Any] = json.loads(sys.argv[1])
 _LIFE = os.environ["TF_SYNCDIST_TEST_LIFE"]
 _CALM = Path(_LIFE).parent / "calm"
 _CALM_SECONDS = 0.002
+_OVER = Path(_LIFE).parent / "over"
+_LINGER_SECONDS = 2.0
 
 # The machine may be busy with other tests.
 PATIENCE = {
@@ -30,7 +32,7 @@ if "priority" in ARGUMENTS:
 # Who looks at variables makes an update that waits.
 _NOTE_EVERY = ARGUMENTS.get("note_every", 1)
 # A job is not over before its faults have happened, however slowly they are made to happen.
-LAST = ARGUMENTS.get("rounds", ARGUMENTS.get("steps", 0) * ARGUMENTS.get("epochs", 1)) - 10
+_LAST = ARGUMENTS.get("rounds", ARGUMENTS.get("steps", 0) * ARGUMENTS.get("epochs", 1)) - 10
 
 
 class Trace:
@@ -50,8 +52,7 @@ class Trace:
     def note(self) -> None:
         """Adds a line, perhaps not after every run."""
         rounds = int(self._optimizer.iterations.numpy())
-        if rounds >= LAST:
-            hold("over")
+        linger(rounds)
         if rounds % _NOTE_EVERY:
             return
         sha256 = tf_syncdist.variables_sha256([*self._variables, *self._optimizer.variables])
@@ -124,6 +125,16 @@ def hold(name: str) -> None:
     path = Path(_LIFE).parent / name
     while not path.exists() or (path.suffix == ".trace" and not path.read_text()):
         assert time.monotonic() < deadline, f"{name} is not there"
+        time.sleep(0.01)
+
+
+def linger(rounds: int) -> None:
+    """Takes its time for each of the last rounds, as long as faults are to come.
+
+    Not any time: who comes again may need this worker's state, which it gives between two runs.
+    """
+    deadline = time.monotonic() + _LINGER_SECONDS
+    while rounds >= _LAST and not _OVER.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
 
 
