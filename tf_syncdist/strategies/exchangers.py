@@ -4,6 +4,7 @@ An exchanger is given models as flat arrays, and gives others back: those of a c
 service, or those of partners.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -23,6 +24,10 @@ Values = list[np.ndarray]
 # How long a worker that begins waits for those that may have a model already.
 _GRACE_SECONDS = 5.0
 _LOOK_SECONDS = 0.02
+
+
+class _Renamed(Exception):
+    """A service that was started again has learnt the job's name from other workers."""
 
 
 class Exchanger(Protocol):
@@ -172,36 +177,30 @@ class GossipExchanger:
         If the job is in progress and nobody has its model, the user is told.
         """
         is_first = self._gossip is None
-        config = self._session.config
         if is_first:
             self._wait_for_others()
+        while True:
             seed = self._session.job_seed
-            self._partners = Partners(
-                config.worker, seed, self._timeout, config.credentials, self._on_notice
-            )
-            self._gossip = Gossip(
-                self._mode,
-                config.worker,
-                self._candidates,
-                self._server,
-                self._partners,
-                lambda: self._session.served_at,
-                seed,
-                self._session.has_started,
-            )
-        begun = self._gossip.start(
-            variables,
-            values,
-            self._session.job_seed,
-            config.timeout_seconds,
-            self._session.check,
-            is_first,
-            key,
-        )
+            if is_first:
+                self._meet(seed)
+            try:
+                begun = self._gossip.start(
+                    variables,
+                    values,
+                    seed,
+                    self._session.config.timeout_seconds,
+                    functools.partial(self._check, seed),
+                    is_first,
+                    key,
+                )
+                break
+            except _Renamed:
+                continue
         if is_first and self._gossip.began_alone and self._session.came_again is not None:
             self._on_notice(
-                f"no worker has a model of this job (any more), so worker {config.worker} begins "
-                "with its own; load what was saved before, if anything was"
+                "no worker has a model of this job (any more), so worker "
+                f"{self._session.config.worker} begins with its own; load what was saved before, "
+                "if anything was"
             )
         return begun
 
@@ -227,6 +226,30 @@ class GossipExchanger:
         if self._partners is not None:
             self._partners.close()
         self._server.close()
+
+    def _meet(self, seed: int) -> None:
+        """Gets to know the partners of a job by its name."""
+        if self._partners is not None:
+            self._partners.close()
+        config = self._session.config
+        self._partners = Partners(
+            config.worker, seed, self._timeout, config.credentials, self._on_notice
+        )
+        self._gossip = Gossip(
+            self._mode,
+            config.worker,
+            self._candidates,
+            self._server,
+            self._partners,
+            lambda: self._session.served_at,
+            seed,
+            self._session.has_started,
+        )
+
+    def _check(self, seed: int) -> None:
+        self._session.check()
+        if self._session.job_seed != seed:
+            raise _Renamed
 
     def _wait_for_others(self) -> None:
         """Waits a while for those that may have a model already, and know the job's name."""
